@@ -1,0 +1,574 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""KVM's unsync walk as a model that runs: one file, to be read beside its patch thread.
+
+KVM shadows a guest's page tables with page tables of its own, the shadow pages.  The
+guest may write the lowest level of its tables without KVM being told, so that the shadow
+pages of that level drift: they are *unsync*.  When the guest flushes its TLB, KVM has to
+find every unsync page below a root and bring it in line, or the guest goes on using a
+translation that it has just taken back.
+
+The way there is marked.  Each shadow page has a bitmap with a bit for each of its SPTEs,
+and a set bit says: the page that this SPTE points at may be unsync, or lead to one.
+
+        root  level 3   unsync_child_bitmap {0, 7}
+             /        \\
+        [0] /          \\ [7]
+         level 2 {4}    level 2 {4, 5}      shadow pages form a DAG:
+             \\          /    \\              this level-1 page has two parents,
+          [4] \\    [4] /      \\ [5]         and a bit is set in each
+               level 1        level 1
+               unsync         unsync
+
+A walk follows the set bits and gathers the unsync pages in an array; its caller syncs or
+zaps what is in the array, and walks again until there is nothing left.  The array is
+small, so a walk may have to break off.  In 2022 a patch proposed to clear the bits
+during the walk, and its review asked in which order that is right:
+
+    https://lore.kernel.org/r/YtcLiNskPb8z/2Qc@google.com
+
+The file keeps the order of arch/x86/kvm/mmu/mmu.c: shadow pages, marking, the array, the
+walk, its callers.  What mirrors KVM (Linux 5.19 unless a message of the thread is named)
+has KVM's name; every other name is the model's.  Where KVM would WARN or write past the
+end of its array, the model raises an exception.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from errno import ENOSPC
+from types import FrameType
+
+__all__ = [
+    "ENOSPC", "KVM_PAGE_ARRAY_NR", "LARGE_SPTE", "PG_LEVEL_1G", "PG_LEVEL_2M",
+    "PG_LEVEL_4K", "PT64_ROOT_MAX_LEVEL", "SPTE_ENT_PER_PAGE", "__mmu_unsync_walk",
+    "clear_unsync_child_bit", "for_each_set_bit", "for_each_sp", "is_large_pte",
+    "is_shadow_present_pte", "kvm_mmu_mark_parents_unsync", "kvm_mmu_page",
+    "kvm_mmu_pages", "kvm_mmu_prepare_zap_page", "kvm_sync_page", "kvm_unsync_page",
+    "link_shadow_page", "mark_unsync", "mmu_page_zap_pte", "mmu_pages_add",
+    "mmu_sync_children", "mmu_unsync_walk", "mmu_zap_unsync_children",
+    "set_large_spte", "shadow_page_at", "to_shadow_page",
+]
+
+PG_LEVEL_4K = 1
+PG_LEVEL_2M = 2
+PG_LEVEL_1G = 3
+PT64_ROOT_MAX_LEVEL = 5
+PAGE_SHIFT = 12
+SPTE_LEVEL_BITS = 9
+SPTE_ENT_PER_PAGE = 1 << SPTE_LEVEL_BITS
+KVM_PAGE_ARRAY_NR = 16
+
+
+def _need_int(what: str, value: int, low: int, high: int) -> None:
+    if type(value) is not int:
+        raise TypeError(f"{what} must be an int, not {value!r}")
+    if not low <= value <= high:
+        raise ValueError(f"{what} must be {low} to {high}, not {value}")
+
+
+def _need_page(sp: object) -> None:
+    if not isinstance(sp, kvm_mmu_page):
+        raise TypeError(f"a kvm_mmu_page is needed, not {sp!r}")
+
+
+def _need_spte(sp: object, index: int) -> None:
+    _need_page(sp)
+    if type(index) is not int:
+        raise TypeError(f"the index of an SPTE must be an int, not {index!r}")
+    if not 0 <= index < SPTE_ENT_PER_PAGE:
+        raise IndexError(f"the index of an SPTE must be 0 to 511, not {index}")
+
+
+# ------------------------------------------------------------------ shadow pages
+
+# An SPTE (`ent` in the walk) is the shadow page that it points at, or LARGE_SPTE, or
+# None where it is not present.
+LARGE_SPTE = "large SPTE"
+
+
+class _spt(dict[int, object]):
+    """The SPTEs of a page by index; those that are not present take no room."""
+
+    __slots__ = ()
+
+    def __missing__(self, index: int) -> None:
+        return None
+
+
+# What the SPTEs of level 1 map is guest memory, which the model leaves out.
+_NO_SPTES = _spt()
+
+
+class kvm_mmu_page:
+    """A shadow page of `level` 1 (`PG_LEVEL_4K`) to 5; `gfn` is a label here.
+
+    `spt[i]` is SPTE i, `parent_ptes` lists the SPTEs that point here as (page, index).
+    Bit i of `unsync_child_bitmap` is set if SPTE i may lead to an unsync page: a set bit
+    may be stale, a clear bit must be true.  `unsync_children` counts the set bits.  Only
+    a level-1 page can be `unsync` itself.
+
+    Raises TypeError or ValueError for another level, or a gfn outside 0..2**52-1.
+
+    >>> kvm_mmu_page(2, gfn=0x7f0)
+    kvm_mmu_page(2, gfn=0x7f0)
+    """
+
+    __slots__ = (
+        "gfn", "level", "parent_ptes", "spt", "unsync", "unsync_child_bitmap",
+        "unsync_children",
+    )
+
+    def __init__(self, level: int, gfn: int = 0) -> None:
+        _need_int("a level", level, PG_LEVEL_4K, PT64_ROOT_MAX_LEVEL)
+        _need_int("a gfn", gfn, 0, (1 << 64 - PAGE_SHIFT) - 1)
+        self.level = level
+        self.gfn = gfn
+        self.spt = _spt() if level > PG_LEVEL_4K else _NO_SPTES
+        self.unsync = False
+        self.unsync_children = 0
+        self.unsync_child_bitmap = 0
+        self.parent_ptes: list[tuple[kvm_mmu_page, int]] = []
+
+    def __repr__(self) -> str:
+        return f"kvm_mmu_page({self.level}, gfn={self.gfn:#x})"
+
+
+def link_shadow_page(parent: kvm_mmu_page, index: int, child: kvm_mmu_page) -> None:
+    """Let SPTE `index` (0..511) of `parent` point at `child`, one level below it.
+
+    A large SPTE is replaced.  A child that is unsync, or has unsync children, marks its
+    new parent: the bits that lead to it must be set on every path.
+
+    Raises ValueError for a child of another level, or if there is a child already.
+
+    >>> root, leaf = kvm_mmu_page(2), kvm_mmu_page(1)
+    >>> kvm_unsync_page(leaf)
+    >>> link_shadow_page(root, 5, leaf)
+    >>> root.unsync_child_bitmap == 1 << 5, leaf.parent_ptes
+    (True, [(kvm_mmu_page(2, gfn=0x0), 5)])
+    """
+    _need_spte(parent, index)
+    _need_page(child)
+    if child.level != parent.level - 1:
+        raise ValueError(
+            f"a level-{parent.level} page links pages of level {parent.level - 1}, "
+            f"not of level {child.level}"
+        )
+    ent = parent.spt[index]
+    if is_shadow_present_pte(ent) and not is_large_pte(ent):
+        raise ValueError(
+            f"SPTE {index} of {parent} already points at {to_shadow_page(ent)}: "
+            "zap it first with mmu_page_zap_pte()"
+        )
+    parent.spt[index] = child
+    child.parent_ptes.append((parent, index))
+    if child.unsync_children or child.unsync:
+        mark_unsync(parent, index)
+
+
+def set_large_spte(parent: kvm_mmu_page, index: int) -> None:
+    """Turn SPTE `index` (0..511) of `parent` into a 2M or 1G leaf (level 2 or 3).
+
+    A child that was there is unlinked.  Its bit stays as it is, so it may be stale from
+    now on.  Raises ValueError for a parent of another level.
+    """
+    _need_spte(parent, index)
+    if not PG_LEVEL_2M <= parent.level <= PG_LEVEL_1G:
+        raise ValueError(f"a large SPTE is of level 2 or 3, not {parent.level}")
+    mmu_page_zap_pte(parent, index)
+    parent.spt[index] = LARGE_SPTE
+
+
+def mmu_page_zap_pte(parent: kvm_mmu_page, index: int) -> None:
+    """Make SPTE `index` (0..511) of `parent` not present, and unlink a child there.
+
+    The bit stays as it is: this is how a bit gets stale.
+
+    >>> root = kvm_mmu_page(2)
+    >>> leaf = shadow_page_at(root, 0x1000)
+    >>> kvm_unsync_page(leaf)
+    >>> mmu_page_zap_pte(root, 0)
+    >>> leaf.parent_ptes, root.unsync_child_bitmap, mmu_sync_children(root)
+    ([], 1, 0)
+    >>> root.unsync_child_bitmap, leaf.unsync
+    (0, True)
+    """
+    _need_spte(parent, index)
+    ent = parent.spt.pop(index, None)
+    if is_shadow_present_pte(ent) and not is_large_pte(ent):
+        to_shadow_page(ent).parent_ptes.remove((parent, index))
+
+
+def shadow_page_at(root: kvm_mmu_page, gva: int) -> kvm_mmu_page:
+    """Return the level-1 page below `root` that translates guest virtual address `gva`.
+
+    Pages that are missing on the way are linked, and labelled with the first page frame
+    of the addresses that they translate.  `gva` is in bytes, unsigned: below 4 levels at
+    most 12 + 9 * level bits; with 4 or 5 levels 64 bits and canonical.
+
+    Raises TypeError or ValueError for another address, ValueError for one that a large
+    SPTE covers.
+
+    >>> root = kvm_mmu_page(4)
+    >>> stack = shadow_page_at(root, 0x7fff_ffff_e000)
+    >>> stack, stack.parent_ptes
+    (kvm_mmu_page(1, gfn=0x7fffffe00), [(kvm_mmu_page(2, gfn=0x7fffc0000), 511)])
+    >>> stack is shadow_page_at(root, 0x7fff_fffd_d123)
+    True
+    """
+    _need_page(root)
+    if type(gva) is not int:
+        raise TypeError(f"a guest virtual address must be an int, not {gva!r}")
+    bits = PAGE_SHIFT + SPTE_LEVEL_BITS * root.level
+    if root.level < 4:
+        fits, rule = 0 <= gva < 1 << bits, f"addresses have {bits} bits"
+    else:
+        # The bits above must repeat the top bit: all clear or all set.
+        fits = gva >> bits - 1 in (0, (1 << 65 - bits) - 1)
+        rule = f"64-bit addresses are canonical in {bits} bits"
+    if not fits:
+        raise ValueError(f"with {root.level} levels {rule}: not so {gva:#x}")
+    sp = root
+    while sp.level > PG_LEVEL_4K:
+        below = SPTE_LEVEL_BITS * (sp.level - 1)
+        index = gva >> PAGE_SHIFT + below & SPTE_ENT_PER_PAGE - 1
+        if is_large_pte(sp.spt[index]):
+            raise ValueError(
+                f"{gva:#x} is covered by the large SPTE {index} of {sp}: "
+                "zap it first with mmu_page_zap_pte()"
+            )
+        if not is_shadow_present_pte(sp.spt[index]):
+            gfn = gva >> PAGE_SHIFT + below << below
+            link_shadow_page(sp, index, kvm_mmu_page(sp.level - 1, gfn))
+        sp = to_shadow_page(sp.spt[index])
+    return sp
+
+
+def is_shadow_present_pte(ent: object) -> bool:
+    """Whether an SPTE is present: large, or pointing at a shadow page."""
+    return ent is not None
+
+
+def is_large_pte(ent: object) -> bool:
+    """Whether an SPTE is a large leaf, with no shadow page below it."""
+    return ent is LARGE_SPTE
+
+
+def to_shadow_page(ent: object) -> kvm_mmu_page:
+    """Return the shadow page that an SPTE points at; every look at a child comes here.
+
+    Raises TypeError for an SPTE that points at none.
+    """
+    if isinstance(ent, kvm_mmu_page):
+        return ent
+    raise TypeError(f"an SPTE that points at a kvm_mmu_page is needed, not {ent!r}")
+
+
+# ----------------------------------------------------------------------- marking
+
+
+def kvm_unsync_page(sp: kvm_mmu_page) -> None:
+    """The guest writes the table that `sp` shadows: make it unsync, and findable.
+
+    Raises ValueError above level 1.
+
+    A page that is shared is marked on every path, and each path only once:
+
+    >>> left, right, leaf = kvm_mmu_page(2), kvm_mmu_page(2), kvm_mmu_page(1)
+    >>> link_shadow_page(left, 3, leaf)
+    >>> link_shadow_page(right, 8, leaf)
+    >>> kvm_unsync_page(leaf)
+    >>> kvm_unsync_page(leaf)
+    >>> left.unsync_child_bitmap == 1 << 3, right.unsync_child_bitmap == 1 << 8
+    (True, True)
+    >>> left.unsync_children, right.unsync_children
+    (1, 1)
+    """
+    _need_page(sp)
+    if sp.level != PG_LEVEL_4K:
+        raise ValueError(f"only a level-1 page can be unsync, not one of level {sp.level}")
+    sp.unsync = True
+    kvm_mmu_mark_parents_unsync(sp)
+
+
+def kvm_mmu_mark_parents_unsync(sp: kvm_mmu_page) -> None:
+    """Mark every SPTE that points at `sp`."""
+    _need_page(sp)
+    for parent, index in sp.parent_ptes:
+        mark_unsync(parent, index)
+
+
+def mark_unsync(sp: kvm_mmu_page, index: int) -> None:
+    """Set bit `index` (0..511) of `sp`, and mark the way from the roots to `sp`.
+
+    There are two early stops: the bit was set already, or another one was; either way
+    the ancestors know.  Raises ValueError at level 1, where SPTEs have no children.
+    """
+    _need_spte(sp, index)
+    if sp.level == PG_LEVEL_4K:
+        raise ValueError(f"{sp} has no children: mark a page of level 2 or above")
+    if sp.unsync_child_bitmap & 1 << index:
+        return
+    sp.unsync_child_bitmap |= 1 << index
+    sp.unsync_children += 1
+    if sp.unsync_children > 1:
+        return
+    kvm_mmu_mark_parents_unsync(sp)
+
+
+def clear_unsync_child_bit(sp: kvm_mmu_page, index: int) -> None:
+    """Clear bit `index` (0..511) of `sp`, and of `sp` alone.
+
+    Raises ValueError if it is clear; KVM counts down all the same, and WARNs below 0.
+    """
+    _need_spte(sp, index)
+    if not sp.unsync_child_bitmap & 1 << index:
+        raise ValueError(f"bit {index} of {sp} is clear already: clear only a set bit")
+    sp.unsync_children -= 1
+    sp.unsync_child_bitmap ^= 1 << index
+
+
+# --------------------------------------------------------------------- the array
+
+
+class kvm_mmu_pages:
+    """The array that a walk fills: `sp` holds the pages in order, `nr` says how many.
+
+    KVM's has room for 16; a smaller `capacity` (1 or more) shows in small tables what
+    KVM's does in large ones.  Raises TypeError or ValueError for another capacity.
+    """
+
+    __slots__ = ("capacity", "sp")
+
+    def __init__(self, capacity: int = KVM_PAGE_ARRAY_NR) -> None:
+        _need_int("a capacity", capacity, 1, sys.maxsize)
+        self.capacity = capacity
+        self.sp: list[kvm_mmu_page] = []
+
+    @property
+    def nr(self) -> int:
+        return len(self.sp)
+
+    def store(self, sp: kvm_mmu_page) -> bool:
+        """Store `sp`, and then say whether the array is now full, as KVM does.
+
+        Raises OverflowError if it was full before: KVM would write past its end.
+        """
+        if self.nr == self.capacity:
+            raise OverflowError(
+                f"the array holds {self.capacity} pages already: after an add that "
+                "returned true, the walk must return -ENOSPC"
+            )
+        self.sp.append(sp)
+        return self.nr == self.capacity
+
+
+def _need_array(pvec: object) -> None:
+    if not isinstance(pvec, kvm_mmu_pages):
+        raise TypeError(f"a kvm_mmu_pages is needed, not {pvec!r}")
+
+
+def mmu_pages_add(pvec: kvm_mmu_pages, sp: kvm_mmu_page) -> bool:
+    """Store `sp`, unless it is unsync and in the array already; true: the array is full.
+
+    True does not mean that the page was left out, which is how the review reads it
+    (YtcLiNskPb8z/2Qc@google.com), but that the *next* page would be: the answer of
+    CAJhGHyAoM+6cOh7XQUvavgJcUts53FW6BnjM_wqMD6fkoYoB3w@mail.gmail.com.
+
+    Raises OverflowError if the array is full.
+
+    >>> pvec, first, second = kvm_mmu_pages(capacity=2), kvm_mmu_page(1), kvm_mmu_page(1)
+    >>> kvm_unsync_page(first)
+    >>> mmu_pages_add(pvec, first), mmu_pages_add(pvec, first), pvec.nr
+    (False, False, 1)
+    >>> mmu_pages_add(pvec, second), pvec.sp[1] is second
+    (True, True)
+    """
+    _need_array(pvec)
+    _need_page(sp)
+    if sp.unsync and sp in pvec.sp:
+        return False
+    return pvec.store(sp)
+
+
+# ---------------------------------------------------------------------- the walk
+
+
+def for_each_set_bit(bitmap: int) -> Iterator[int]:
+    """Yield the indexes of the set bits of `bitmap`, rising.
+
+    KVM's macro reads the bitmap as it goes, this one its value at the start.  It comes
+    to the same: a walk clears no other bit of its page than the one that it is at.
+
+    >>> list(for_each_set_bit(0b1001 | 1 << 511))
+    [0, 3, 511]
+    """
+    while bitmap:
+        lowest = bitmap & -bitmap
+        yield lowest.bit_length() - 1
+        bitmap ^= lowest
+
+
+# The contract of the walk: before mmu_lock is dropped, the caller must sync or zap every
+# entry of the array, also when the walk returned -ENOSPC.  Only this makes it right to
+# clear a bit when the page is added: from then on the array alone knows of the page.
+
+
+def __mmu_unsync_walk(sp: kvm_mmu_page, pvec: kvm_mmu_pages) -> int:
+    """Add the unsync pages below `sp` to `pvec`, and clear the bits that led to them.
+
+    This is the reference, as the review suggests it in YtcLiNskPb8z/2Qc@google.com;
+    there, as at the end of the series, it is called __mmu_unsync_walk_and_clear().
+
+    Returns how often it came upon an unsync page, once for each bit that leads there,
+    or -ENOSPC if the array filled up.  Then every bit on the way to where it broke off
+    is still set, that of the last page added too.
+
+    Both pages fit; the array is not full yet:
+
+    >>> root = kvm_mmu_page(3)
+    >>> for gva in 0x1000, 0x200000:
+    ...     kvm_unsync_page(shadow_page_at(root, gva))
+    >>> pvec = kvm_mmu_pages(capacity=3)
+    >>> mmu_unsync_walk(root, pvec), pvec.sp, root.unsync_children
+    (2, [kvm_mmu_page(1, gfn=0x0), kvm_mmu_page(1, gfn=0x200)], 0)
+
+    The second page fills the array.  The walk breaks off, and leaves two bits that are
+    stale once the caller has synced both pages; the next walk clears them:
+
+    >>> for page in pvec.sp:
+    ...     kvm_unsync_page(page)
+    >>> pvec = kvm_mmu_pages(capacity=2)
+    >>> mmu_unsync_walk(root, pvec) == -ENOSPC, pvec.nr
+    (True, 2)
+    >>> middle = to_shadow_page(root.spt[0])
+    >>> bin(root.unsync_child_bitmap), bin(middle.unsync_child_bitmap)
+    ('0b1', '0b10')
+    >>> for page in pvec.sp:
+    ...     kvm_sync_page(page)
+    >>> mmu_unsync_walk(root, pvec), pvec.nr, root.unsync_children
+    (0, 0, 0)
+    """
+    nr_unsync_leaf = 0
+
+    for i in for_each_set_bit(sp.unsync_child_bitmap):
+        ent = sp.spt[i]
+
+        if is_shadow_present_pte(ent) and not is_large_pte(ent):
+            child = to_shadow_page(ent)
+
+            if child.unsync_children:
+                ret = __mmu_unsync_walk(child, pvec)
+                if ret < 0:
+                    return ret
+                nr_unsync_leaf += ret
+            elif child.unsync:
+                if mmu_pages_add(pvec, child):
+                    return -ENOSPC
+                nr_unsync_leaf += 1
+
+        # Either the bit was stale, or the caller makes it so: see the contract.
+        clear_unsync_child_bit(sp, i)
+
+    return nr_unsync_leaf
+
+
+def mmu_unsync_walk(sp: kvm_mmu_page, pvec: kvm_mmu_pages) -> int:
+    """Empty `pvec` and fill it with unsync pages from below `sp`.
+
+    Returns 0 if there are none, else what the walk returns: how often it came upon one,
+    or -ENOSPC.  Raises TypeError for what is not a page or an array.
+    """
+    _need_page(sp)
+    _need_array(pvec)
+    pvec.sp.clear()
+    if not sp.unsync_children:
+        return 0
+    return __mmu_unsync_walk(sp, pvec)
+
+
+# ------------------------------------------------------------------- the callers
+
+
+def kvm_sync_page(sp: kvm_mmu_page) -> None:
+    """Bring `sp` in line with the guest's table: from now on it is not unsync.
+
+    Raises ValueError if it was not unsync, where KVM's kvm_unlink_unsync_page() WARNs.
+    """
+    _need_page(sp)
+    if not sp.unsync:
+        raise ValueError(f"{sp} is in sync: sync only a page that is unsync")
+    sp.unsync = False
+
+
+def kvm_mmu_prepare_zap_page(sp: kvm_mmu_page) -> None:
+    """Zap the unsync pages below `sp`, then take `sp` out of the table.
+
+    All its children are unlinked, and all its parents; the bits there stay, stale.
+
+    >>> root = kvm_mmu_page(3)
+    >>> leaf = shadow_page_at(root, 0)
+    >>> kvm_unsync_page(leaf)
+    >>> middle = to_shadow_page(root.spt[0])
+    >>> kvm_mmu_prepare_zap_page(middle)
+    >>> leaf.unsync, leaf.parent_ptes, middle.unsync_child_bitmap, middle.parent_ptes
+    (False, [], 0, [])
+    >>> is_shadow_present_pte(root.spt[0]), root.unsync_child_bitmap
+    (False, 1)
+    """
+    mmu_zap_unsync_children(sp)
+    for index in list(sp.spt):
+        mmu_page_zap_pte(sp, index)
+    while sp.parent_ptes:
+        mmu_page_zap_pte(*sp.parent_ptes[-1])
+    sp.unsync = False
+
+
+def for_each_sp(pvec: kvm_mmu_pages) -> Iterator[kvm_mmu_page]:
+    """Yield the level-1 pages of the array, and pass over parents that a walk gathered."""
+    for sp in pvec.sp:
+        if sp.level == PG_LEVEL_4K:
+            yield sp
+
+
+def mmu_sync_children(parent: kvm_mmu_page, pvec: kvm_mmu_pages | None = None) -> int:
+    """Sync every unsync page below `parent`, an array at a time; return how many.
+
+    `pvec` is the array to use, by default a fresh one of 16.  (KVM's function of this
+    name returns a status.)
+
+    >>> root = kvm_mmu_page(4)
+    >>> for gva in range(0, 40 << 21, 1 << 21):
+    ...     kvm_unsync_page(shadow_page_at(root, gva))
+    >>> mmu_sync_children(root), root.unsync_children
+    (40, 0)
+    """
+    pvec = kvm_mmu_pages() if pvec is None else pvec
+    nr_synced = 0
+    while mmu_unsync_walk(parent, pvec):
+        for sp in for_each_sp(pvec):
+            kvm_sync_page(sp)
+            nr_synced += 1
+    return nr_synced
+
+
+def mmu_zap_unsync_children(
+    parent: kvm_mmu_page, pvec: kvm_mmu_pages | None = None
+) -> int:
+    """Zap every unsync page below `parent`, an array at a time; return how many.
+
+    `pvec` is the array to use, by default a fresh one of 16.
+
+    >>> root = kvm_mmu_page(2)
+    >>> kvm_unsync_page(shadow_page_at(root, 0))
+    >>> mmu_zap_unsync_children(root), root.spt, root.unsync_children
+    (1, {}, 0)
+    """
+    pvec = kvm_mmu_pages() if pvec is None else pvec
+    zapped = 0
+    while mmu_unsync_walk(parent, pvec):
+        for sp in for_each_sp(pvec):
+            kvm_mmu_prepare_zap_page(sp)
+            zapped += 1
+    return zapped
