@@ -572,3 +572,212 @@ def mmu_zap_unsync_children(
             kvm_mmu_prepare_zap_page(sp)
             zapped += 1
     return zapped
+
+
+# ====================================================================== the demo
+# From here on nothing is KVM's.
+
+
+def _state(sp: kvm_mmu_page, names: dict[kvm_mmu_page, str]) -> str:
+    name = f", {names[sp]}" if sp in names else ""
+    if sp.level == PG_LEVEL_4K:
+        return f"level 1{name}, {'unsync' if sp.unsync else 'in sync'}"
+    return f"level {sp.level}{name}, unsync_children {sp.unsync_children}"
+
+
+def draw(root: kvm_mmu_page, names: dict[kvm_mmu_page, str]) -> Iterator[str]:
+    """Yield the lines of an ASCII tree: SPTE i as [i], or as [i*] if its bit is set.
+
+    `names` says what a page translates, where that is worth saying.
+
+    >>> root = kvm_mmu_page(3)
+    >>> stack = shadow_page_at(root, 0x601000)
+    >>> kvm_unsync_page(stack)
+    >>> set_large_spte(root, 2)
+    >>> print(*draw(root, {stack: "stack"}), sep="\\n")
+    level 3, unsync_children 1
+    |-[0*] level 2, unsync_children 1
+    | `-[3*] level 1, stack, unsync
+    `-[2 ] large
+    """
+
+    def below(sp: kvm_mmu_page, margin: str) -> Iterator[str]:
+        slots = sorted({*sp.spt, *for_each_set_bit(sp.unsync_child_bitmap)})
+        for i in slots:
+            ent = sp.spt[i]
+            bit = "*" if sp.unsync_child_bitmap >> i & 1 else " "
+            fork, rest = ("`-", "  ") if i == slots[-1] else ("|-", "| ")
+            if not is_shadow_present_pte(ent):
+                yield f"{margin}{fork}[{i}{bit}] not present"
+            elif is_large_pte(ent):
+                yield f"{margin}{fork}[{i}{bit}] large"
+            else:
+                yield f"{margin}{fork}[{i}{bit}] {_state(to_shadow_page(ent), names)}"
+                yield from below(to_shadow_page(ent), margin + rest)
+
+    yield _state(root, names)
+    yield from below(root, "")
+
+
+def watched(
+    see: Callable[[FrameType, str, object], None],
+    call: Callable[..., object],
+    *args: object,
+) -> None:
+    """Run `call(*args)`, and tell `see` of each call and result inside it."""
+    before = sys.getprofile()
+    sys.setprofile(see)
+    try:
+        call(*args)
+    finally:
+        sys.setprofile(before)
+
+
+def narrate(
+    root: kvm_mmu_page, pvec: kvm_mmu_pages, names: dict[kvm_mmu_page, str]
+) -> Iterator[str]:
+    """Walk from `root`, and yield a line for each step, indented by level.
+
+    The steps are the calls and results of the functions that a walk is made of.
+    """
+    lines: list[str] = []
+    nr = 0
+
+    def see(frame: FrameType, event: str, result: object) -> None:
+        nonlocal nr
+        function, here = frame.f_code, frame.f_locals
+        if event == "call" and function is mmu_pages_add.__code__:
+            nr = pvec.nr
+        if event != "return" or frame.f_back is None:
+            return
+        walk = frame if function in walks else frame.f_back
+        i = walk.f_locals.get("i")
+        if function is is_shadow_present_pte.__code__ and not result:
+            step = f"look   SPTE {i}: not present, the bit is stale"
+        elif function is is_large_pte.__code__ and result:
+            step = f"look   SPTE {i}: large, the bit is stale"
+        elif function is to_shadow_page.__code__:
+            step = f"look   SPTE {i}: {_state(here['ent'], names)}"
+        elif function is mmu_pages_add.__code__:
+            step = f"add    {names[here['sp']]}: "
+            if pvec.nr == nr:
+                step += "refused, the array is full" if result else "is in it already"
+            else:
+                step += f"entry {pvec.nr} of {pvec.capacity}"
+                step += ", the array is now full" if result else ""
+        elif function is clear_unsync_child_bit.__code__:
+            step = f"clear  bit {i}: unsync_children {here['sp'].unsync_children}"
+        elif function in walks:
+            step = f"return {'-ENOSPC' if result == -ENOSPC else result}"
+        else:
+            return
+        depth = root.level - walk.f_locals["sp"].level
+        lines.append("    " * depth + step)
+
+    walks = {__mmu_unsync_walk.__code__}
+    watched(see, mmu_unsync_walk, root, pvec)
+    yield from lines
+
+
+def set_bits(sp: kvm_mmu_page) -> Iterator[tuple[kvm_mmu_page, int]]:
+    """Yield every set bit below `sp`, as (page, index), the way down before its end."""
+    for i in for_each_set_bit(sp.unsync_child_bitmap):
+        yield sp, i
+        ent = sp.spt[i]
+        if is_shadow_present_pte(ent) and not is_large_pte(ent):
+            yield from set_bits(to_shadow_page(ent))
+
+
+def code(ret: object) -> str:
+    """Spell what a walk returned.
+
+    >>> code(3), code(-ENOSPC)
+    ('3', '-ENOSPC')
+    """
+    return "-ENOSPC" if ret == -ENOSPC else str(ret)
+
+
+def demo_process() -> Iterator[str]:
+    """Yield one walk of a process, step by step, and then a full array."""
+    root = kvm_mmu_page(4)
+    names = {}
+    for name, gva, written in (
+        ("text", 0x5555_5555_4000, False),
+        ("heap", 0x5555_5580_0000, True),
+        ("libc", 0x7FFF_F7C2_8000, True),
+        ("stack", 0x7FFF_FFFD_E000, True),
+    ):
+        sp = shadow_page_at(root, gva)
+        names[sp] = f"{name} {gva:#x}"
+        if written:
+            kvm_unsync_page(sp)
+    kernel = kvm_mmu_page(3)
+    names[kernel] = f"direct map {0xFFFF_8880_0000_0000:#x}"
+    link_shadow_page(root, 0xFFFF_8880_0000_0000 >> 39 & 511, kernel)
+    set_large_spte(kernel, 0)
+
+    yield "A guest has written the page tables of its heap, libc and stack, and flushes"
+    yield "the TLB.  [i] is SPTE i, [i*] one whose bit in unsync_child_bitmap is set."
+    yield from draw(root, names)
+
+    yield ""
+    yield "The walk, a line for each step:"
+    pvec = kvm_mmu_pages()
+    yield from narrate(root, pvec, names)
+    yield f"The array: {', '.join(names[sp] for sp in pvec.sp)}."
+
+    yield ""
+    yield "The caller syncs the pages in the array:"
+    for sp in for_each_sp(pvec):
+        kvm_sync_page(sp)
+    yield from draw(root, names)
+
+    yield ""
+    more = range(0x5555_55A0_0000, 0x5555_5820_0000, 1 << 21)
+    for gva in more:
+        kvm_unsync_page(shadow_page_at(root, gva))
+    yield f"The heap grows by {len(more)} page tables, all unsync; the array takes 16."
+    for turn in 1, 2:
+        ret = mmu_unsync_walk(root, pvec)
+        for sp in for_each_sp(pvec):
+            kvm_sync_page(sp)
+        left = list(set_bits(root))
+        yield f"Walk {turn} returns {code(ret)}.  Its {pvec.nr} pages are synced; " + (
+            f"{len(left)} bits still lead to the rest:" if left else "no bit is left."
+        )
+        for level in sorted({sp.level for sp, _ in left}, reverse=True):
+            bits = [
+                f"{i} (stale: its page filled the array)"
+                if to_shadow_page(sp.spt[i]) is pvec.sp[-1]
+                else f"{i}"
+                for sp, i in left
+                if sp.level == level
+            ]
+            yield f"    level {level}: {', '.join(bits)}"
+
+
+def demo() -> Iterator[str]:
+    """Yield the lines that `python unsync_walk.py` prints."""
+    yield from demo_process()
+
+
+def main() -> None:
+    """Print the demo, or what `-h` asks for; status 2 for any other argument."""
+    import argparse
+
+    parser = argparse.ArgumentParser(
+        prog="unsync_walk.py",
+        description="Show walks of KVM's __mmu_unsync_walk(), step by step. "
+        "To read on: README.md, and the file itself.",
+        add_help=False,
+    )
+    # Python 3.9 titles its own group differently.
+    parser.add_argument_group("options").add_argument(
+        "-h", "--help", action="help", help="show this message and exit"
+    )
+    parser.parse_args()
+    print(*demo(), sep="\n")
+
+
+if __name__ == "__main__":
+    main()
