@@ -779,5 +779,304 @@ def main() -> None:
     print(*demo(), sep="\n")
 
 
+# ===================================================================== the tests
+
+
+__test__ = {
+    "a page with two parents": """
+    The leaf is stored once, and counted once for each bit that leads there.
+
+    >>> root, leaf = kvm_mmu_page(3), kvm_mmu_page(1)
+    >>> for i in 0, 1:
+    ...     middle = kvm_mmu_page(2)
+    ...     link_shadow_page(root, i, middle)
+    ...     link_shadow_page(middle, 9, leaf)
+    >>> kvm_unsync_page(leaf)
+    >>> pvec = kvm_mmu_pages()
+    >>> mmu_unsync_walk(root, pvec), pvec.nr, pvec.sp[0] is leaf
+    (2, 1, True)
+    >>> mmu_unsync_walk(root, pvec), pvec.nr
+    (0, 0)
+
+    A page that is not unsync is stored as often as it is added (KVM's parents are):
+
+    >>> mmu_pages_add(pvec, root), mmu_pages_add(pvec, root), pvec.nr
+    (False, False, 2)
+    """,
+    "the early stops of marking": """
+    Marking stops at a bit that is set, and at a page that has another bit set: so it
+    does not come to the root, whose bit the example has cleared to see that.
+
+    >>> root = kvm_mmu_page(3)
+    >>> first, second = shadow_page_at(root, 0), shadow_page_at(root, 0x200000)
+    >>> kvm_unsync_page(first)
+    >>> clear_unsync_child_bit(root, 0)
+    >>> kvm_unsync_page(first)
+    >>> kvm_unsync_page(second)
+    >>> root.unsync_children, to_shadow_page(root.spt[0]).unsync_children
+    (0, 2)
+    """,
+    "linking what is unsync": """
+    A middle page with unsync children marks a new root, and that root's own parents.
+
+    >>> middle, root, top = kvm_mmu_page(2), kvm_mmu_page(3), kvm_mmu_page(4)
+    >>> link_shadow_page(top, 1, root)
+    >>> kvm_unsync_page(shadow_page_at(middle, 0))
+    >>> link_shadow_page(root, 2, middle)
+    >>> print(*draw(top, {}), sep="\\n")
+    level 4, unsync_children 1
+    `-[1*] level 3, unsync_children 1
+      `-[2*] level 2, unsync_children 1
+        `-[0*] level 1, unsync
+    """,
+    "stale bits": """
+    Four ways for a bit to get stale: the SPTE was zapped, turned large, got another
+    child, or its page was synced by way of another root.  A walk clears each.
+
+    >>> root, other = kvm_mmu_page(2), kvm_mmu_page(2)
+    >>> for i in range(4):
+    ...     kvm_unsync_page(shadow_page_at(root, i << 21))
+    >>> link_shadow_page(other, 0, to_shadow_page(root.spt[3]))
+    >>> mmu_page_zap_pte(root, 0)
+    >>> page = to_shadow_page(root.spt[1])
+    >>> set_large_spte(root, 1)
+    >>> page.parent_ptes
+    []
+    >>> mmu_page_zap_pte(root, 2)
+    >>> link_shadow_page(root, 2, kvm_mmu_page(1))
+    >>> mmu_sync_children(other)
+    1
+    >>> print(*draw(root, {}), sep="\\n")
+    level 2, unsync_children 4
+    |-[0*] not present
+    |-[1*] large
+    |-[2*] level 1, in sync
+    `-[3*] level 1, in sync
+    >>> mmu_sync_children(root), root.unsync_children, root.unsync_child_bitmap
+    (0, 0, 0)
+
+    A large SPTE gives way to a page, and zapping it leaves nothing:
+
+    >>> link_shadow_page(root, 1, kvm_mmu_page(1))
+    >>> set_large_spte(root, 2)
+    >>> mmu_page_zap_pte(root, 2)
+    >>> mmu_page_zap_pte(root, 2)
+    >>> print(*draw(root, {}), sep="\\n")
+    level 2, unsync_children 0
+    |-[1 ] level 1, in sync
+    `-[3 ] level 1, in sync
+    """,
+    "two roots": """
+    What hangs below both is found from the one that is synced; the other keeps stale
+    bits, which its own walk clears.
+
+    >>> here, there, shared = kvm_mmu_page(3), kvm_mmu_page(3), kvm_mmu_page(2)
+    >>> link_shadow_page(here, 0, shared)
+    >>> link_shadow_page(there, 511, shared)
+    >>> kvm_unsync_page(shadow_page_at(here, 0x3000))
+    >>> kvm_unsync_page(shadow_page_at(there, 0))
+    >>> mmu_sync_children(here), here.unsync_children, shared.unsync_children
+    (1, 0, 0)
+    >>> there.unsync_children
+    2
+    >>> mmu_sync_children(there), there.unsync_children
+    (1, 0)
+    """,
+    "every level as root, and several full batches": """
+    >>> for level in range(1, 6):
+    ...     root = kvm_mmu_page(level)
+    ...     for gva in range(0, min(50, 512 ** (level - 1)) << 21, 1 << 21):
+    ...         kvm_unsync_page(shadow_page_at(root, gva))
+    ...     pvec, batches = kvm_mmu_pages(), []
+    ...     while mmu_unsync_walk(root, pvec):
+    ...         batches.append(pvec.nr)
+    ...         for page in pvec.sp:
+    ...             kvm_sync_page(page)
+    ...     print(level, batches, root.unsync_children)
+    1 [] 0
+    2 [16, 16, 16, 2] 0
+    3 [16, 16, 16, 2] 0
+    4 [16, 16, 16, 2] 0
+    5 [16, 16, 16, 2] 0
+    """,
+    "zap": """
+    A page is zapped out of every table that links it, and its unsync pages with it.
+
+    >>> here, there = kvm_mmu_page(3), kvm_mmu_page(3)
+    >>> for gva in range(0, 20 << 21, 1 << 21):
+    ...     kvm_unsync_page(shadow_page_at(here, gva))
+    >>> middle = to_shadow_page(here.spt[0])
+    >>> set_large_spte(middle, 20)
+    >>> in_sync = shadow_page_at(here, 21 << 21)
+    >>> link_shadow_page(there, 7, middle)
+    >>> kvm_mmu_prepare_zap_page(middle)
+    >>> middle.spt, middle.parent_ptes, middle.unsync_children, in_sync.parent_ptes
+    ({}, [], 0, [])
+    >>> print(*draw(here, {}), *draw(there, {}), sep="\\n")
+    level 3, unsync_children 1
+    `-[0*] not present
+    level 3, unsync_children 1
+    `-[7*] not present
+    >>> for gva in range(0, 20 << 21, 1 << 21):
+    ...     kvm_unsync_page(shadow_page_at(here, gva))
+    >>> mmu_zap_unsync_children(here, kvm_mmu_pages(capacity=3))
+    20
+    """,
+    "addresses": """
+    Each level takes 9 bits of index above the 12 of the page, and each is at its place:
+
+    >>> gva = (1 << 48) | (2 << 39) | (3 << 30) | (4 << 21) | (5 << 12)
+    >>> sp, path = shadow_page_at(kvm_mmu_page(5), gva), []
+    >>> while sp.parent_ptes:
+    ...     [(sp, index)] = sp.parent_ptes
+    ...     path.append((sp.level, index, hex(sp.gfn << 12)))
+    >>> for step in path:
+    ...     print(*step)
+    2 4 0x10100c0000000
+    3 3 0x1010000000000
+    4 2 0x1000000000000
+    5 1 0x0
+    """,
+    "misuse": """
+    Each is refused with what was given and what would be right, and changes nothing.
+
+    >>> leaf, middle, other, top, root = map(kvm_mmu_page, (1, 2, 2, 3, 4))
+    >>> link_shadow_page(middle, 7, leaf)
+    >>> link_shadow_page(root, 7, top)
+    >>> set_large_spte(middle, 8)
+    >>> pvec = kvm_mmu_pages(capacity=1)
+    >>> _ = mmu_pages_add(pvec, leaf)
+    >>> def state():
+    ...     return [(dict(page.spt), list(page.parent_ptes), page.unsync,
+    ...              page.unsync_children, page.unsync_child_bitmap)
+    ...             for page in (leaf, middle, other, top, root)] + pvec.sp
+    >>> def refusal(call, *args):
+    ...     before = state()
+    ...     try:
+    ...         return f"accepted: {call(*args)}"
+    ...     except Exception as error:
+    ...         changed = "" if state() == before else ", but it changed something"
+    ...         return f"{type(error).__name__}: {error}{changed}"
+    >>> def refused(*misuse):
+    ...     print(refusal(*misuse))
+
+    >>> refused(kvm_mmu_page, 0)
+    ValueError: a level must be 1 to 5, not 0
+    >>> refused(kvm_mmu_page, 6)
+    ValueError: a level must be 1 to 5, not 6
+    >>> refused(kvm_mmu_page, "4")
+    TypeError: a level must be an int, not '4'
+    >>> refused(kvm_mmu_page, True)
+    TypeError: a level must be an int, not True
+    >>> refused(kvm_mmu_page, 1, -1)
+    ValueError: a gfn must be 0 to 4503599627370495, not -1
+    >>> refused(kvm_mmu_page, 1, 1 << 52)
+    ValueError: a gfn must be 0 to 4503599627370495, not 4503599627370496
+
+    >>> refused(link_shadow_page, root, 0, middle)
+    ValueError: a level-4 page links pages of level 3, not of level 2
+    >>> refused(link_shadow_page, middle, 7, kvm_mmu_page(1))
+    ValueError: SPTE 7 of kvm_mmu_page(2, gfn=0x0) already points at \
+kvm_mmu_page(1, gfn=0x0): zap it first with mmu_page_zap_pte()
+    >>> refused(link_shadow_page, middle, 1, None)
+    TypeError: a kvm_mmu_page is needed, not None
+    >>> refused(set_large_spte, leaf, 7)
+    ValueError: a large SPTE is of level 2 or 3, not 1
+    >>> refused(set_large_spte, root, 7)
+    ValueError: a large SPTE is of level 2 or 3, not 4
+
+    Whatever takes an SPTE takes a page and an index of 0 to 511:
+
+    >>> takes_spte = (set_large_spte, mmu_page_zap_pte, mark_unsync,
+    ...               clear_unsync_child_bit,
+    ...               lambda parent, index: link_shadow_page(parent, index, leaf))
+    >>> for spte in ("middle", 0.5), (middle, 512.5), (other, -1), (other, 512):
+    ...     print(*{refusal(call, *spte) for call in takes_spte}, sep="\\n")
+    TypeError: a kvm_mmu_page is needed, not 'middle'
+    TypeError: the index of an SPTE must be an int, not 512.5
+    IndexError: the index of an SPTE must be 0 to 511, not -1
+    IndexError: the index of an SPTE must be 0 to 511, not 512
+
+    >>> refused(kvm_unsync_page, middle)
+    ValueError: only a level-1 page can be unsync, not one of level 2
+    >>> refused(mark_unsync, leaf, 0)
+    ValueError: kvm_mmu_page(1, gfn=0x0) has no children: mark a page of level 2 or above
+    >>> refused(kvm_sync_page, leaf)
+    ValueError: kvm_mmu_page(1, gfn=0x0) is in sync: sync only a page that is unsync
+    >>> refused(clear_unsync_child_bit, middle, 7)
+    ValueError: bit 7 of kvm_mmu_page(2, gfn=0x0) is clear already: clear only a set bit
+    >>> refused(kvm_mmu_pages, 0)
+    ValueError: a capacity must be 1 to 9223372036854775807, not 0
+    >>> refused(mmu_pages_add, pvec, middle)
+    OverflowError: the array holds 1 pages already: after an add that returned true, \
+the walk must return -ENOSPC
+
+    >>> refused(shadow_page_at, root, 1 << 47)
+    ValueError: with 4 levels 64-bit addresses are canonical in 48 bits: not so \
+0x800000000000
+    >>> refused(shadow_page_at, root, (1 << 64) - (1 << 47) - 1)
+    ValueError: with 4 levels 64-bit addresses are canonical in 48 bits: not so \
+0xffff7fffffffffff
+    >>> refused(shadow_page_at, root, 1 << 64)
+    ValueError: with 4 levels 64-bit addresses are canonical in 48 bits: not so \
+0x10000000000000000
+    >>> refused(shadow_page_at, root, -1)
+    ValueError: with 4 levels 64-bit addresses are canonical in 48 bits: not so -0x1
+    >>> refused(shadow_page_at, kvm_mmu_page(5), 1 << 56)
+    ValueError: with 5 levels 64-bit addresses are canonical in 57 bits: not so \
+0x100000000000000
+    >>> refused(shadow_page_at, middle, 1 << 30)
+    ValueError: with 2 levels addresses have 30 bits: not so 0x40000000
+    >>> refused(shadow_page_at, middle, -1)
+    ValueError: with 2 levels addresses have 30 bits: not so -0x1
+    >>> refused(shadow_page_at, middle, 8 << 21)
+    ValueError: 0x1000000 is covered by the large SPTE 8 of kvm_mmu_page(2, gfn=0x0): \
+zap it first with mmu_page_zap_pte()
+    >>> refused(shadow_page_at, middle, "0x1000")
+    TypeError: a guest virtual address must be an int, not '0x1000'
+
+    The addresses at the edge are good:
+
+    >>> for level, edge in (1, 1 << 21), (3, 1 << 39), (4, 1 << 47), (5, 1 << 56):
+    ...     _ = shadow_page_at(kvm_mmu_page(level), edge - 1)
+    >>> for level, edge in (4, 1 << 47), (5, 1 << 56):
+    ...     _ = shadow_page_at(kvm_mmu_page(level), (1 << 64) - edge)
+
+    Nothing but pages and arrays will do:
+
+    >>> refused(to_shadow_page, LARGE_SPTE)
+    TypeError: an SPTE that points at a kvm_mmu_page is needed, not 'large SPTE'
+    >>> takes_page = (kvm_unsync_page, kvm_mmu_mark_parents_unsync, kvm_sync_page,
+    ...               kvm_mmu_prepare_zap_page, mmu_sync_children,
+    ...               mmu_zap_unsync_children, lambda sp: shadow_page_at(sp, 0),
+    ...               lambda sp: mmu_pages_add(pvec, sp))
+    >>> print(*{refusal(call, "leaf") for call in takes_page})
+    TypeError: a kvm_mmu_page is needed, not 'leaf'
+    >>> refused(mmu_sync_children, root, [])
+    TypeError: a kvm_mmu_pages is needed, not []
+    >>> refused(mmu_zap_unsync_children, root, [])
+    TypeError: a kvm_mmu_pages is needed, not []
+    >>> refused(mmu_pages_add, [], leaf)
+    TypeError: a kvm_mmu_pages is needed, not []
+    """,
+    "the demo fits a terminal": """
+    >>> lines = list(demo())
+    >>> len(lines) <= 60, max(map(len, lines)) <= 80, "".join(lines).isascii()
+    (True, True, True)
+    """,
+}
+
+
+def load_tests(loader: object, tests: object, pattern: object) -> object:
+    """Collect the examples of this file and of README.md (unittest's protocol)."""
+    import doctest
+    import unittest
+
+    suite = unittest.TestSuite()
+    suite.addTests(doctest.DocTestSuite(__name__))
+    suite.addTests(doctest.DocFileSuite("README.md", package=__name__))
+    return suite
+
+
 if __name__ == "__main__":
     main()
