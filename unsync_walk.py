@@ -40,14 +40,17 @@ from errno import ENOSPC
 from types import FrameType
 
 __all__ = [
-    "ENOSPC", "KVM_PAGE_ARRAY_NR", "LARGE_SPTE", "PG_LEVEL_1G", "PG_LEVEL_2M",
-    "PG_LEVEL_4K", "PT64_ROOT_MAX_LEVEL", "SPTE_ENT_PER_PAGE", "__mmu_unsync_walk",
-    "clear_unsync_child_bit", "for_each_set_bit", "for_each_sp", "is_large_pte",
-    "is_shadow_present_pte", "kvm_mmu_mark_parents_unsync", "kvm_mmu_page",
-    "kvm_mmu_pages", "kvm_mmu_prepare_zap_page", "kvm_sync_page", "kvm_unsync_page",
-    "link_shadow_page", "mark_unsync", "mmu_page_zap_pte", "mmu_pages_add",
-    "mmu_sync_children", "mmu_unsync_walk", "mmu_zap_unsync_children",
-    "set_large_spte", "shadow_page_at", "to_shadow_page",
+    "ENOSPC", "GATHERS_PARENTS", "KVM_PAGE_ARRAY_NR", "LARGE_SPTE", "PG_LEVEL_1G",
+    "PG_LEVEL_2M", "PG_LEVEL_4K", "PT64_ROOT_MAX_LEVEL", "SPTE_ENT_PER_PAGE", "WALKS",
+    "RefusingPages", "__mmu_unsync_walk",
+    "clear_unsync_child_bit", "draw", "for_each_set_bit",
+    "for_each_sp", "is_large_pte", "is_shadow_present_pte",
+    "kvm_mmu_mark_parents_unsync", "kvm_mmu_page", "kvm_mmu_pages",
+    "kvm_mmu_prepare_zap_page", "kvm_sync_page", "kvm_unsync_page", "link_shadow_page",
+    "mark_unsync", "mmu_is_page_vec_full", "mmu_page_zap_pte", "mmu_pages_add",
+    "mmu_sync_children", "mmu_unsync_walk", "mmu_zap_unsync_children", "set_large_spte",
+    "shadow_page_at", "to_shadow_page", "walk_before",
+    "walk_check_first", "walk_posted",
 ]
 
 PG_LEVEL_4K = 1
@@ -410,6 +413,8 @@ def for_each_set_bit(bitmap: int) -> Iterator[int]:
         bitmap ^= lowest
 
 
+Walk = Callable[[kvm_mmu_page, kvm_mmu_pages], int]
+
 # The contract of the walk: before mmu_lock is dropped, the caller must sync or zap every
 # entry of the array, also when the walk returned -ENOSPC.  Only this makes it right to
 # clear a bit when the page is added: from then on the array alone knows of the page.
@@ -474,18 +479,30 @@ def __mmu_unsync_walk(sp: kvm_mmu_page, pvec: kvm_mmu_pages) -> int:
     return nr_unsync_leaf
 
 
-def mmu_unsync_walk(sp: kvm_mmu_page, pvec: kvm_mmu_pages) -> int:
+def mmu_unsync_walk(
+    sp: kvm_mmu_page, pvec: kvm_mmu_pages, walk: Walk = __mmu_unsync_walk
+) -> int:
     """Empty `pvec` and fill it with unsync pages from below `sp`.
 
-    Returns 0 if there are none, else what the walk returns: how often it came upon one,
-    or -ENOSPC.  Raises TypeError for what is not a page or an array.
+    Returns 0 if there are none, else what `walk` returns: how often it came upon one,
+    or -ENOSPC.  A walk in GATHERS_PARENTS finds `sp` itself stored first, as in KVM.
+
+    Raises ValueError if such a walk gets an array of fewer entries than `sp` has
+    levels: parents alone would fill it, and the callers would never end.
     """
     _need_page(sp)
     _need_array(pvec)
+    if walk in GATHERS_PARENTS and pvec.capacity < sp.level:
+        raise ValueError(
+            f"a walk that gathers parents needs an array of at least {sp.level} "
+            f"entries below a level-{sp.level} page, not {pvec.capacity}"
+        )
     pvec.sp.clear()
     if not sp.unsync_children:
         return 0
-    return __mmu_unsync_walk(sp, pvec)
+    if walk in GATHERS_PARENTS:
+        mmu_pages_add(pvec, sp)
+    return walk(sp, pvec)
 
 
 # ------------------------------------------------------------------- the callers
@@ -532,7 +549,11 @@ def for_each_sp(pvec: kvm_mmu_pages) -> Iterator[kvm_mmu_page]:
             yield sp
 
 
-def mmu_sync_children(parent: kvm_mmu_page, pvec: kvm_mmu_pages | None = None) -> int:
+def mmu_sync_children(
+    parent: kvm_mmu_page,
+    pvec: kvm_mmu_pages | None = None,
+    walk: Walk = __mmu_unsync_walk,
+) -> int:
     """Sync every unsync page below `parent`, an array at a time; return how many.
 
     `pvec` is the array to use, by default a fresh one of 16.  (KVM's function of this
@@ -546,7 +567,7 @@ def mmu_sync_children(parent: kvm_mmu_page, pvec: kvm_mmu_pages | None = None) -
     """
     pvec = kvm_mmu_pages() if pvec is None else pvec
     nr_synced = 0
-    while mmu_unsync_walk(parent, pvec):
+    while mmu_unsync_walk(parent, pvec, walk):
         for sp in for_each_sp(pvec):
             kvm_sync_page(sp)
             nr_synced += 1
@@ -554,7 +575,9 @@ def mmu_sync_children(parent: kvm_mmu_page, pvec: kvm_mmu_pages | None = None) -
 
 
 def mmu_zap_unsync_children(
-    parent: kvm_mmu_page, pvec: kvm_mmu_pages | None = None
+    parent: kvm_mmu_page,
+    pvec: kvm_mmu_pages | None = None,
+    walk: Walk = __mmu_unsync_walk,
 ) -> int:
     """Zap every unsync page below `parent`, an array at a time; return how many.
 
@@ -567,11 +590,151 @@ def mmu_zap_unsync_children(
     """
     pvec = kvm_mmu_pages() if pvec is None else pvec
     zapped = 0
-    while mmu_unsync_walk(parent, pvec):
+    while mmu_unsync_walk(parent, pvec, walk):
         for sp in for_each_sp(pvec):
             kvm_mmu_prepare_zap_page(sp)
             zapped += 1
     return zapped
+
+
+# ================================================== the other walks of the thread
+# From here on names are the model's: KVM has one walk at a time.
+
+
+def walk_before(sp: kvm_mmu_page, pvec: kvm_mmu_pages) -> int:
+    """`before`: the walk that 05/12 was written for, with 04/12 applied.
+
+    A bit is cleared only where the walk found nothing; that of a page which is synced
+    now is left to the next walk.
+    """
+    nr_unsync_leaf = 0
+
+    for i in for_each_set_bit(sp.unsync_child_bitmap):
+        ent = sp.spt[i]
+
+        if not is_shadow_present_pte(ent) or is_large_pte(ent):
+            clear_unsync_child_bit(sp, i)
+            continue
+        child = to_shadow_page(ent)
+
+        if child.unsync_children:
+            if mmu_pages_add(pvec, child):
+                return -ENOSPC
+            ret = walk_before(child, pvec)
+            if ret < 0:
+                return ret
+            if ret == 0:
+                clear_unsync_child_bit(sp, i)
+            nr_unsync_leaf += ret
+        elif child.unsync:
+            nr_unsync_leaf += 1
+            if mmu_pages_add(pvec, child):
+                return -ENOSPC
+        else:
+            clear_unsync_child_bit(sp, i)
+
+    return nr_unsync_leaf
+
+
+def walk_posted(sp: kvm_mmu_page, pvec: kvm_mmu_pages) -> int:
+    """`posted`: 05/12 as it was posted, 20220605064342.309219-6-jiangshanlai@gmail.com.
+
+    The bit is cleared *before* an unsync child is added.
+    """
+    nr_unsync_leaf = 0
+
+    for i in for_each_set_bit(sp.unsync_child_bitmap):
+        ent = sp.spt[i]
+
+        if not is_shadow_present_pte(ent) or is_large_pte(ent):
+            clear_unsync_child_bit(sp, i)
+            continue
+        child = to_shadow_page(ent)
+
+        if child.unsync_children:
+            if mmu_pages_add(pvec, child):
+                return -ENOSPC
+            ret = walk_posted(child, pvec)
+            if ret < 0:
+                return ret
+            nr_unsync_leaf += ret
+
+        clear_unsync_child_bit(sp, i)
+        if child.unsync:
+            nr_unsync_leaf += 1
+            if mmu_pages_add(pvec, child):
+                return -ENOSPC
+
+    return nr_unsync_leaf
+
+
+def mmu_is_page_vec_full(pvec: kvm_mmu_pages) -> bool:
+    """Whether an add would go past the end (Ytl+Tn8YBQR3KQFM@google.com)."""
+    return pvec.nr == pvec.capacity
+
+
+def walk_check_first(sp: kvm_mmu_page, pvec: kvm_mmu_pages) -> int:
+    """`check-first`: the resolution, Ytl+Tn8YBQR3KQFM@google.com.
+
+    It asks whether the array is full before it adds, and only if there is something to
+    add; what the add returns no longer matters.
+    """
+    nr_unsync_leaf = 0
+
+    for i in for_each_set_bit(sp.unsync_child_bitmap):
+        ent = sp.spt[i]
+
+        if is_shadow_present_pte(ent) and not is_large_pte(ent):
+            child = to_shadow_page(ent)
+
+            if child.unsync_children or child.unsync:
+                if mmu_is_page_vec_full(pvec):
+                    return -ENOSPC
+                mmu_pages_add(pvec, child)
+
+            if child.unsync_children:
+                ret = walk_check_first(child, pvec)
+                if ret < 0:
+                    return ret
+                nr_unsync_leaf += ret
+            elif child.unsync:
+                nr_unsync_leaf += 1
+
+        clear_unsync_child_bit(sp, i)
+
+    return nr_unsync_leaf
+
+
+WALKS: dict[str, Walk] = {
+    "before": walk_before,
+    "posted": walk_posted,
+    "suggested": __mmu_unsync_walk,
+    "check-first": walk_check_first,
+}
+
+# These store a child that has unsync children too, as KVM does for the sake of
+# struct mmu_page_path; add a walk of your own if it does.
+GATHERS_PARENTS: set[Walk] = {walk_before, walk_posted, walk_check_first}
+
+
+class RefusingPages(kvm_mmu_pages):
+    """The array as the review reads it: an add when it is full stores nothing, says so.
+
+    >>> pvec = RefusingPages(capacity=1)
+    >>> mmu_pages_add(pvec, kvm_mmu_page(1)), mmu_pages_add(pvec, kvm_mmu_page(1))
+    (False, True)
+    >>> pvec.nr
+    1
+    """
+
+    __slots__ = ()
+
+    def store(self, sp: kvm_mmu_page) -> bool:
+        """Store `sp` and return false; or return true if there is no room for it."""
+        if mmu_is_page_vec_full(self):
+            return True
+        self.sp.append(sp)
+        return False
 
 
 # ====================================================================== the demo
@@ -585,7 +748,9 @@ def _state(sp: kvm_mmu_page, names: dict[kvm_mmu_page, str]) -> str:
     return f"level {sp.level}{name}, unsync_children {sp.unsync_children}"
 
 
-def draw(root: kvm_mmu_page, names: dict[kvm_mmu_page, str]) -> Iterator[str]:
+def draw(
+    root: kvm_mmu_page, names: dict[kvm_mmu_page, str] | None = None
+) -> Iterator[str]:
     """Yield the lines of an ASCII tree: SPTE i as [i], or as [i*] if its bit is set.
 
     `names` says what a page translates, where that is worth saying.
@@ -600,6 +765,8 @@ def draw(root: kvm_mmu_page, names: dict[kvm_mmu_page, str]) -> Iterator[str]:
     | `-[3*] level 1, stack, unsync
     `-[2 ] large
     """
+
+    names = names or {}
 
     def below(sp: kvm_mmu_page, margin: str) -> Iterator[str]:
         slots = sorted({*sp.spt, *for_each_set_bit(sp.unsync_child_bitmap)})
@@ -633,8 +800,20 @@ def watched(
         sys.setprofile(before)
 
 
+def set_bits(sp: kvm_mmu_page) -> Iterator[tuple[kvm_mmu_page, int]]:
+    """Yield every set bit below `sp`, as (page, index), the way down before its end."""
+    for i in for_each_set_bit(sp.unsync_child_bitmap):
+        yield sp, i
+        ent = sp.spt[i]
+        if is_shadow_present_pte(ent) and not is_large_pte(ent):
+            yield from set_bits(to_shadow_page(ent))
+
+
 def narrate(
-    root: kvm_mmu_page, pvec: kvm_mmu_pages, names: dict[kvm_mmu_page, str]
+    root: kvm_mmu_page,
+    pvec: kvm_mmu_pages,
+    names: dict[kvm_mmu_page, str],
+    walk: Walk = __mmu_unsync_walk,
 ) -> Iterator[str]:
     """Walk from `root`, and yield a line for each step, indented by level.
 
@@ -650,8 +829,8 @@ def narrate(
             nr = pvec.nr
         if event != "return" or frame.f_back is None:
             return
-        walk = frame if function in walks else frame.f_back
-        i = walk.f_locals.get("i")
+        at = frame if function in walks else frame.f_back
+        i = at.f_locals.get("i")
         if function is is_shadow_present_pte.__code__ and not result:
             step = f"look   SPTE {i}: not present, the bit is stale"
         elif function is is_large_pte.__code__ and result:
@@ -668,30 +847,21 @@ def narrate(
         elif function is clear_unsync_child_bit.__code__:
             step = f"clear  bit {i}: unsync_children {here['sp'].unsync_children}"
         elif function in walks:
-            step = f"return {'-ENOSPC' if result == -ENOSPC else result}"
+            step = f"return {spelled(result)}"
         else:
             return
-        depth = root.level - walk.f_locals["sp"].level
+        depth = root.level - at.f_locals["sp"].level
         lines.append("    " * depth + step)
 
-    walks = {__mmu_unsync_walk.__code__}
-    watched(see, mmu_unsync_walk, root, pvec)
+    walks = {walk.__code__ for walk in WALKS.values()}
+    watched(see, mmu_unsync_walk, root, pvec, walk)
     yield from lines
 
 
-def set_bits(sp: kvm_mmu_page) -> Iterator[tuple[kvm_mmu_page, int]]:
-    """Yield every set bit below `sp`, as (page, index), the way down before its end."""
-    for i in for_each_set_bit(sp.unsync_child_bitmap):
-        yield sp, i
-        ent = sp.spt[i]
-        if is_shadow_present_pte(ent) and not is_large_pte(ent):
-            yield from set_bits(to_shadow_page(ent))
-
-
-def code(ret: object) -> str:
+def spelled(ret: object) -> str:
     """Spell what a walk returned.
 
-    >>> code(3), code(-ENOSPC)
+    >>> spelled(3), spelled(-ENOSPC)
     ('3', '-ENOSPC')
     """
     return "-ENOSPC" if ret == -ENOSPC else str(ret)
@@ -719,17 +889,13 @@ def demo_process() -> Iterator[str]:
     yield "A guest has written the page tables of its heap, libc and stack, and flushes"
     yield "the TLB.  [i] is SPTE i, [i*] one whose bit in unsync_child_bitmap is set."
     yield from draw(root, names)
-
-    yield ""
     yield "The walk, a line for each step:"
     pvec = kvm_mmu_pages()
     yield from narrate(root, pvec, names)
-    yield f"The array: {', '.join(names[sp] for sp in pvec.sp)}."
-
-    yield ""
-    yield "The caller syncs the pages in the array:"
     for sp in for_each_sp(pvec):
         kvm_sync_page(sp)
+    gathered = ", ".join(names[sp].split()[0] for sp in pvec.sp)
+    yield f"The array holds {gathered}.  The caller syncs them:"
     yield from draw(root, names)
 
     yield ""
@@ -741,19 +907,20 @@ def demo_process() -> Iterator[str]:
         ret = mmu_unsync_walk(root, pvec)
         for sp in for_each_sp(pvec):
             kvm_sync_page(sp)
-        left = list(set_bits(root))
-        yield f"Walk {turn} returns {code(ret)}.  Its {pvec.nr} pages are synced; " + (
-            f"{len(left)} bits still lead to the rest:" if left else "no bit is left."
+        left = sum(shadow_page_at(root, gva).unsync for gva in more)
+        bits: dict[int, list[str]] = {}
+        for sp, i in set_bits(root):
+            bits.setdefault(sp.level, []).append(str(i))
+        yield f"Walk {turn} returns {spelled(ret)}.  {pvec.nr} pages are synced, " + (
+            f"{left} are left.  {'The bits that are set' if bits else 'No bit is set.'}"
         )
-        for level in sorted({sp.level for sp, _ in left}, reverse=True):
-            bits = [
-                f"{i} (stale: its page filled the array)"
-                if to_shadow_page(sp.spt[i]) is pvec.sp[-1]
-                else f"{i}"
-                for sp, i in left
-                if sp.level == level
-            ]
-            yield f"    level {level}: {', '.join(bits)}"
+        if bits:
+            yield "lead to these: " + "; ".join(
+                f"level {level}: {', '.join(marks)}" for level, marks in bits.items()
+            )
+            [(parent, i)] = pvec.sp[-1].parent_ptes
+            stale = parent.unsync_child_bitmap >> i & 1
+            yield f"({i} is {'stale' if stale else 'clear'}: its page filled the array)."
 
 
 def demo() -> Iterator[str]:
@@ -763,19 +930,21 @@ def demo() -> Iterator[str]:
 
 def main() -> None:
     """Print the demo, or what `-h` asks for; status 2 for any other argument."""
-    import argparse
+    if sys.argv[1:]:
+        # It takes as long to import as half the demo takes to run.
+        import argparse
 
-    parser = argparse.ArgumentParser(
-        prog="unsync_walk.py",
-        description="Show walks of KVM's __mmu_unsync_walk(), step by step. "
-        "To read on: README.md, and the file itself.",
-        add_help=False,
-    )
-    # Python 3.9 titles its own group differently.
-    parser.add_argument_group("options").add_argument(
-        "-h", "--help", action="help", help="show this message and exit"
-    )
-    parser.parse_args()
+        parser = argparse.ArgumentParser(
+            prog="unsync_walk.py",
+            description="Show KVM's unsync walk step by step, judge the four walks of "
+            "its patch thread on small tables, and count what they cost.",
+            add_help=False,
+        )
+        # Python 3.9 gives its own group another title.
+        parser.add_argument_group("options").add_argument(
+            "-h", "--help", action="help", help="show this message and exit"
+        )
+        parser.parse_args()
     print(*demo(), sep="\n")
 
 
@@ -1059,23 +1228,74 @@ zap it first with mmu_page_zap_pte()
     >>> refused(mmu_pages_add, [], leaf)
     TypeError: a kvm_mmu_pages is needed, not []
     """,
-    "the demo fits a terminal": """
-    >>> lines = list(demo())
-    >>> len(lines) <= 60, max(map(len, lines)) <= 80, "".join(lines).isascii()
-    (True, True, True)
+    "the other walks": """
+    Walks that gather parents store the root first, then go depth first, parents before
+    their leaves; a parent with nothing unsync below takes its room too.
+
+    >>> def table():
+    ...     root = kvm_mmu_page(3)
+    ...     for gva in 0, 1 << 30, 2 << 30, 2 << 30 | 1 << 21:
+    ...         kvm_unsync_page(shadow_page_at(root, gva))
+    ...     kvm_sync_page(shadow_page_at(root, 1 << 30))
+    ...     return root
+    >>> pvec = kvm_mmu_pages()
+    >>> for label, walk in WALKS.items():
+    ...     root = table()
+    ...     print(label, mmu_unsync_walk(root, pvec, walk), root.unsync_children,
+    ...           [(sp.level, sp.gfn >> 9) for sp in pvec.sp])
+    before 3 2 [(3, 0), (2, 0), (1, 0), (2, 512), (2, 1024), (1, 1024), (1, 1025)]
+    posted 3 0 [(3, 0), (2, 0), (1, 0), (2, 512), (2, 1024), (1, 1024), (1, 1025)]
+    suggested 3 0 [(1, 0), (1, 1024), (1, 1025)]
+    check-first 3 0 [(3, 0), (2, 0), (1, 0), (2, 512), (2, 1024), (1, 1024), (1, 1025)]
+
+    A batch may hold parents alone, and the next walk goes on from there:
+
+    >>> root = kvm_mmu_page(3)
+    >>> for gva in range(0, 15 << 30, 1 << 30):
+    ...     kvm_unsync_page(shadow_page_at(root, gva))
+    ...     kvm_sync_page(shadow_page_at(root, gva))
+    >>> kvm_unsync_page(shadow_page_at(root, 15 << 30))
+    >>> mmu_unsync_walk(root, pvec, walk_before) == -ENOSPC, list(for_each_sp(pvec))
+    (True, [])
+    >>> mmu_sync_children(root, pvec, walk_before)
+    1
+
+    With nothing unsync the array is empty, and the root is not stored either:
+
+    >>> for walk in WALKS.values():
+    ...     print(mmu_unsync_walk(kvm_mmu_page(3), pvec, walk), pvec.sp)
+    0 []
+    0 []
+    0 []
+    0 []
+
+    Fewer entries than the root has levels are refused, and nothing changes:
+
+    >>> pvec = kvm_mmu_pages(capacity=2)
+    >>> _ = mmu_pages_add(pvec, root)
+    >>> for call in mmu_unsync_walk, mmu_sync_children, mmu_zap_unsync_children:
+    ...     try:
+    ...         call(root, pvec, walk_posted)
+    ...     except ValueError as error:
+    ...         print(error, len(pvec.sp))
+    a walk that gathers parents needs an array of at least 3 entries below a level-3 \
+page, not 2 1
+    a walk that gathers parents needs an array of at least 3 entries below a level-3 \
+page, not 2 1
+    a walk that gathers parents needs an array of at least 3 entries below a level-3 \
+page, not 2 1
     """,
 }
 
 
 def load_tests(loader: object, tests: object, pattern: object) -> object:
-    """Collect the examples of this file and of README.md (unittest's protocol)."""
+    """Collect the examples of this file and of README.md."""
     import doctest
     import unittest
 
-    suite = unittest.TestSuite()
-    suite.addTests(doctest.DocTestSuite(__name__))
-    suite.addTests(doctest.DocFileSuite("README.md", package=__name__))
-    return suite
+    examples = doctest.DocTestSuite(__name__)
+    readme = doctest.DocFileSuite("README.md", package=__name__)
+    return unittest.TestSuite([examples, readme])
 
 
 if __name__ == "__main__":
