@@ -44,7 +44,7 @@ __all__ = [
     "ENOSPC", "GATHERS_PARENTS", "KVM_PAGE_ARRAY_NR", "LARGE_SPTE", "PG_LEVEL_1G",
     "PG_LEVEL_2M", "PG_LEVEL_4K", "PT64_ROOT_MAX_LEVEL", "SPTE_ENT_PER_PAGE", "WALKS",
     "RefusingPages", "Table", "Verdict", "__mmu_unsync_walk", "check",
-    "clear_unsync_child_bit", "draw", "for_each_set_bit",
+    "clear_unsync_child_bit", "cost_table", "costs", "draw", "for_each_set_bit",
     "for_each_sp", "is_large_pte", "is_shadow_present_pte",
     "kvm_mmu_mark_parents_unsync", "kvm_mmu_page", "kvm_mmu_pages",
     "kvm_mmu_prepare_zap_page", "kvm_sync_page", "kvm_unsync_page", "link_shadow_page",
@@ -1083,6 +1083,114 @@ def check(
     return verdicts
 
 
+# ====================================================================== the cost
+# Counted, not timed, and counted from outside: so the figures are the same everywhere.
+
+
+def watched(
+    see: Callable[[FrameType, str, object], None],
+    call: Callable[..., object],
+    *args: object,
+) -> None:
+    """Run `call(*args)`, and tell `see` of each call and result inside it."""
+    before = sys.getprofile()
+    sys.setprofile(see)
+    try:
+        call(*args)
+    finally:
+        sys.setprofile(before)
+
+
+def set_bits(sp: kvm_mmu_page) -> Iterator[tuple[kvm_mmu_page, int]]:
+    """Yield every set bit below `sp`, as (page, index), the way down before its end."""
+    for i in for_each_set_bit(sp.unsync_child_bitmap):
+        yield sp, i
+        ent = sp.spt[i]
+        if is_shadow_present_pte(ent) and not is_large_pte(ent):
+            yield from set_bits(to_shadow_page(ent))
+
+
+class LeavesOnly(kvm_mmu_pages):
+    """An array that takes no parents: what any walk costs if it does not gather them."""
+
+    __slots__ = ()
+
+    def store(self, sp: kvm_mmu_page) -> bool:
+        """Store `sp` as KVM does, but pass over a page above level 1."""
+        return sp.level == PG_LEVEL_4K and super().store(sp)
+
+
+# Neighbours differ in one thing: `posted` with LeavesOnly gathers no parents, and
+# `suggested` then turns its order round; RefusingPages is full only when it is asked to
+# take one page more; `check-first` gathers the parents again.
+VARIANTS: dict[str, tuple[Walk, type[kvm_mmu_pages]]] = {
+    "before": (walk_before, kvm_mmu_pages),
+    "posted": (walk_posted, kvm_mmu_pages),
+    "posted, no parents": (walk_posted, LeavesOnly),
+    "suggested": (__mmu_unsync_walk, kvm_mmu_pages),
+    "suggested, refusing": (__mmu_unsync_walk, RefusingPages),
+    "check-first": (walk_check_first, kvm_mmu_pages),
+}
+
+# The levels of the root, and the addresses whose page tables are unsync.
+COSTED: dict[str, tuple[int, list[int]]] = {
+    "one page": (5, [0]),
+    "sparse": (4, [i << 30 for i in range(24)]),
+    "512 SPTEs": (4, [i << 21 for i in range(512)]),
+    "32 x 32": (4, [i << 30 | j << 21 for i in range(32) for j in range(32)]),
+}
+
+
+def cost(root: kvm_mmu_page, walk: Walk, pvec: kvm_mmu_pages) -> tuple[int, int]:
+    """Sync `root`; count looks at a child, and batches (walks that return non-zero).
+
+    >>> root = kvm_mmu_page(4)
+    >>> kvm_unsync_page(shadow_page_at(root, 0))
+    >>> cost(root, __mmu_unsync_walk, kvm_mmu_pages())
+    (3, 1)
+    """
+    counts = {"to_shadow_page": 0, "mmu_unsync_walk": 0}
+    counted = {name: globals()[name] for name in counts}
+
+    def counting(name: str) -> Callable[..., object]:
+        def call(*args: object) -> object:
+            result = counted[name](*args)
+            counts[name] += bool(result)
+            return result
+
+        return call
+
+    globals().update({name: counting(name) for name in counts})
+    try:
+        mmu_sync_children(root, pvec, walk)
+    finally:
+        globals().update(counted)
+    return counts["to_shadow_page"], counts["mmu_unsync_walk"]
+
+
+def costs() -> dict[tuple[str, str], tuple[int, int]]:
+    """Return looks and batches by variant and table; "least" has each set bit once."""
+    counts = {}
+    for name, (levels, addresses) in COSTED.items():
+        root = kvm_mmu_page(levels)
+        pages = [shadow_page_at(root, gva) for gva in addresses]
+        for label, (walk, array) in VARIANTS.items():
+            for sp in pages:
+                kvm_unsync_page(sp)
+            counts["least", name] = len(list(set_bits(root))), 0
+            counts[label, name] = cost(root, walk, array())
+    return counts
+
+
+def cost_table(counts: dict[tuple[str, str], tuple[int, int]]) -> Iterator[str]:
+    """Yield the lines of a table of what `costs` returns."""
+    yield f"{'':20}" + "".join(f"{name:>14}" for name in COSTED)
+    for label in "least", *VARIANTS:
+        cells = [counts[label, name] for name in COSTED]
+        line = "".join(f"{looks:10}{batches or '':4}" for looks, batches in cells)
+        yield f"{label:20}{line}".rstrip()
+
+
 def verdict_table(verdicts: dict[tuple[str, str, str], Verdict]) -> Iterator[str]:
     """Yield the lines of a table of what `check` returns."""
     yield f"{'':23}" + "".join(f"{caller:^18}" for caller in CALLERS).rstrip()
@@ -1141,29 +1249,6 @@ def draw(
 
     yield _state(root, names)
     yield from below(root, "")
-
-
-def watched(
-    see: Callable[[FrameType, str, object], None],
-    call: Callable[..., object],
-    *args: object,
-) -> None:
-    """Run `call(*args)`, and tell `see` of each call and result inside it."""
-    before = sys.getprofile()
-    sys.setprofile(see)
-    try:
-        call(*args)
-    finally:
-        sys.setprofile(before)
-
-
-def set_bits(sp: kvm_mmu_page) -> Iterator[tuple[kvm_mmu_page, int]]:
-    """Yield every set bit below `sp`, as (page, index), the way down before its end."""
-    for i in for_each_set_bit(sp.unsync_child_bitmap):
-        yield sp, i
-        ent = sp.spt[i]
-        if is_shadow_present_pte(ent) and not is_large_pte(ent):
-            yield from set_bits(to_shadow_page(ent))
 
 
 def narrate(
@@ -1280,9 +1365,45 @@ def demo_process() -> Iterator[str]:
             yield f"({i} is {'stale' if stale else 'clear'}: its page filled the array)."
 
 
+def demo_question(found: dict[tuple[str, str, str], Verdict]) -> Iterator[str]:
+    """Yield what the review feared, on the smallest table that shows it, and the answer."""
+    *_, capacity, table = found["posted", "refusing", "sync"].smallest["nothing lost"]
+    yield "YtcLiNskPb8z/2Qc@google.com asks: may `posted` clear a bit before it adds, if"
+    yield f"the add can fail?  The smallest table where it loses a page, {capacity} entries:"
+    for array in RefusingPages, kvm_mmu_pages:
+        root, *pages = table.build()
+        names = {root: "root", **{sp: f"page {sp.gfn}" for sp in pages}}
+        if array is RefusingPages:
+            yield from draw(root, names)
+        else:
+            yield "With KVM's array, which stores the page and then says that it is full:"
+        pvec = array(capacity)
+        yield from narrate(root, pvec, names, walk_posted)
+        for sp in for_each_sp(pvec):
+            kvm_sync_page(sp)
+        mmu_sync_children(root, pvec, walk_posted)
+        lost = [names[sp] for sp in pages if sp.unsync]
+        yield f"After the caller's loop {' and '.join(lost) or 'no page'} is unsync."
+
+
+DEMO_SPTES = 2
+
+
 def demo() -> Iterator[str]:
     """Yield the lines that `python unsync_walk.py` prints."""
     yield from demo_process()
+    yield ""
+    found = check(DEMO_SPTES)
+    yield from demo_question(found)
+    yield ""
+    tables = found["suggested", "KVM's", "sync"].tables
+    yield f"All {tables} tables of up to {DEMO_SPTES} SPTEs: how many are fine, lose a page, never end?"
+    yield "(refusing: a full array stores nothing; careless: dropped after -ENOSPC)"
+    yield from verdict_table(found)
+    yield ""
+    yield "What a sync costs: looks at a child, and batches.  `before` is the tree after"
+    yield "04/12; Linux as merged looks about as often as `posted`, then at parents again."
+    yield from cost_table(costs())
 
 
 def main() -> None:
@@ -1681,6 +1802,52 @@ page, not 2 1
     suggested   refusing careless nothing lost, nothing unfindable
     check-first KVM's    careless nothing lost, nothing unfindable
     check-first refusing careless nothing lost, nothing unfindable
+
+    README shows what a run prints, in every block of output and in its reading guide.
+
+    >>> import os, re
+    >>> with open(os.path.join(os.path.dirname(__file__), "README.md")) as file:
+    ...     readme = file.read()
+    >>> counts = costs()
+    >>> shown = "\\n".join([*demo(), *verdict_table(found), *cost_table(counts), ""])
+    >>> blocks = re.findall("```text\\n(.*?)```", readme, re.DOTALL)
+    >>> len(blocks), [block for block in blocks if block not in shown]
+    (3, [])
+    >>> lines = re.findall(r"^\\|.*\\| `(.*)` \\|$", readme, re.MULTILINE)
+    >>> len(lines), [line for line in lines if line not in shown]
+    (7, [])
+
+    Its figures in bold, in their order:
+
+    >>> def lost(walk, array, caller="sync"):
+    ...     return found[walk, array, caller].lost
+    >>> def endless(walk):
+    ...     return found[walk, "KVM's", "careless"].endless
+    >>> def more(label, than, what, name="512 SPTEs"):
+    ...     return counts[label, name][what] - counts[than, name][what]
+    >>> looks, batches = 0, 1
+    >>> feared = found["posted", "refusing", "sync"].smallest["nothing lost"]
+    >>> figures = [
+    ...     4, found["suggested", "KVM's", "sync"].tables,
+    ...     lost("posted", "refusing"), feared[0], feared[2],
+    ...     lost("posted", "KVM's"),
+    ...     lost("suggested", "KVM's") + lost("suggested", "refusing"),
+    ...     more("suggested", "posted, no parents", looks),
+    ...     counts["suggested", "512 SPTEs"][batches],
+    ...     lost("check-first", "KVM's") + lost("check-first", "refusing"),
+    ...     lost("posted", "KVM's", "careless"), lost("suggested", "KVM's", "careless"),
+    ...     lost("check-first", "KVM's", "careless"), lost("before", "KVM's", "careless"),
+    ...     endless("before"), endless("suggested"), len(list(small_tables(5))),
+    ...     *(counts[label, "32 x 32"][looks] for label in ("before", "posted", "least")),
+    ...     more("suggested", "posted, no parents", looks),
+    ...     more("posted", "posted, no parents", looks),
+    ...     more("posted", "posted, no parents", batches),
+    ...     more("suggested", "suggested, refusing", looks),
+    ... ]
+    >>> [int(figure) for figure in re.findall(r"\\*\\*(\\d+)\\*\\*", readme)] == figures
+    True
+    >>> lost("posted", "refusing") == lost("posted", "refusing", "zap")
+    True
     """,
 }
 
