@@ -359,6 +359,7 @@ class kvm_mmu_pages:
 
     @property
     def nr(self) -> int:
+        """How many pages are in the array."""
         return len(self.sp)
 
     def store(self, sp: kvm_mmu_page) -> bool:
@@ -625,15 +626,15 @@ def mmu_zap_unsync_children(
 
 
 # ================================================== the other walks of the thread
-# From here on names are the model's: KVM has one walk at a time.  The functions differ
-# from the reference in when they add, and when they clear the bit.
+# From here on names are the model's: KVM has one walk at a time.  These take and return
+# what the reference does; they gather parents too, and clear a bit at other times.
 
 
 def walk_before(sp: kvm_mmu_page, pvec: kvm_mmu_pages) -> int:
-    """`before`: the walk that 05/12 was written for, with 04/12 applied.
+    """`before`: the walk that 05/12 was written for, after 04/12.
 
-    A bit is cleared only where the walk found nothing; that of a page which is synced
-    now is left to the next walk.
+    A bit is cleared only if there is nothing behind it.  That of a page which the
+    caller is about to sync is left to the next walk.
     """
     nr_unsync_leaf = 0
 
@@ -655,6 +656,7 @@ def walk_before(sp: kvm_mmu_page, pvec: kvm_mmu_pages) -> int:
                 clear_unsync_child_bit(sp, i)
             nr_unsync_leaf += ret
         elif child.unsync:
+            # No clear here: this is what 05/12 is about.
             nr_unsync_leaf += 1
             if mmu_pages_add(pvec, child):
                 return -ENOSPC
@@ -687,6 +689,7 @@ def walk_posted(sp: kvm_mmu_page, pvec: kvm_mmu_pages) -> int:
                 return ret
             nr_unsync_leaf += ret
 
+        # Clear, then add: the order that the review asks about.
         clear_unsync_child_bit(sp, i)
         if child.unsync:
             nr_unsync_leaf += 1
@@ -700,7 +703,7 @@ def walk_check_first(sp: kvm_mmu_page, pvec: kvm_mmu_pages) -> int:
     """`check-first`: the resolution, Ytl+Tn8YBQR3KQFM@google.com.
 
     It asks whether the array is full before it adds, and only at a page that is unsync
-    or leads to one; what the add returns no longer matters.
+    or may lead to one; what the add returns no longer matters.
     """
     nr_unsync_leaf = 0
 
@@ -710,6 +713,7 @@ def walk_check_first(sp: kvm_mmu_page, pvec: kvm_mmu_pages) -> int:
         if is_shadow_present_pte(ent) and not is_large_pte(ent):
             child = to_shadow_page(ent)
 
+            # Ask, then add: the add itself can no longer be misread.
             if child.unsync_children or child.unsync:
                 if mmu_is_page_vec_full(pvec):
                     return -ENOSPC
@@ -763,7 +767,6 @@ class RefusingPages(kvm_mmu_pages):
 # ===================================================================== the check
 # Every small table, with every walk, array and caller: what breaks, and where first?
 
-
 # What an SPTE holds in the rows of a Table, if not the number of a page.
 ABSENT, LARGE = -1, -2
 Row = tuple[int, ...]
@@ -783,6 +786,8 @@ class Table:
     |-[1*] not present
     |-[2*] large
     `-[3*] level 1, page 2, unsync
+    >>> table.size
+    (2, 3)
 
     Every SPTE has its bit set, and where nothing below is unsync the bit is stale.
     SPTEs with a clear bit are left out: a walk that goes down by the bits does not look
@@ -790,7 +795,9 @@ class Table:
     that `nothing_unfindable` allows, whatever the history that led there.
     """
 
-    def __init__(self, levels: Row, rows: tuple[Row, ...], unsync: Row) -> None:
+    def __init__(
+        self, levels: tuple[int, ...], rows: tuple[Row, ...], unsync: tuple[int, ...]
+    ) -> None:
         self.levels, self.rows, self.unsync = levels, rows, unsync
 
     @property
@@ -841,29 +848,31 @@ def small_tables(sptes: int) -> Iterator[Table]:
     (4, 3) ((1,), ()) ()
     (4,) ((-1,),) ()
     """
-    seen = set()
     for size, level, roots in product(range(1, sptes + 1), (2, 3, 4), (1, 2)):
+        seen = set()
         for levels, rows, walked in _grown((level,) * roots, ((),), {0}, size):
             others = [row for page, row in enumerate(rows) if page not in walked]
             if not rows[0] or others and walked.isdisjoint(chain(*others)):
                 continue
             leaves = range(len(rows), len(levels))
-            own = [leaf for leaf in leaves if leaf not in walked]
+            own = {
+                leaf: [row.count(leaf) for row in others]
+                for leaf in leaves
+                if leaf not in walked
+            }
             named = [[ent for ent in row if ent not in own] for row in rows]
             for chosen in product((False, True), repeat=len(leaves)):
                 unsync = tuple(compress(leaves, chosen))
-                unnamed = [
-                    (leaf in unsync, [row.count(leaf) for row in others]) for leaf in own
-                ]
-                key = repr((levels, named, walked & {*unsync}, sorted(unnamed)))
+                unnamed = sorted((leaf in unsync, own[leaf]) for leaf in own)
+                key = repr((levels, named, walked & {*unsync}, unnamed))
                 if key not in seen:
                     seen.add(key)
                     yield Table(levels, rows, unsync)
 
 
 def _grown(
-    levels: Row, rows: tuple[Row, ...], walked: set[int], room: int
-) -> Iterator[tuple[Row, tuple[Row, ...], set[int]]]:
+    levels: tuple[int, ...], rows: tuple[Row, ...], walked: set[int], room: int
+) -> Iterator[tuple[tuple[int, ...], tuple[Row, ...], set[int]]]:
     """Yield what `room` more SPTEs make of a table whose last row may still grow.
 
     `walked` are the pages that a walk from page 0 can come to.
@@ -878,10 +887,10 @@ def _grown(
         ents = [number for number in range(new) if levels[number] == below] + [new]
         if page not in walked:
             ents = [ent for ent in ents if row[-1:] <= (ent,)]
-        elif below < PG_LEVEL_1G:
-            ents += [ABSENT, LARGE]
-        else:
+        elif levels[page] > PG_LEVEL_1G:
             ents += [ABSENT]
+        else:
+            ents += [ABSENT, LARGE]
         for ent in ents:
             yield from _grown(
                 (*levels, below) if ent == new else levels,
@@ -923,7 +932,7 @@ def honest_counts(pages: list[kvm_mmu_page]) -> bool:
     ...     sp.unsync_children += 1
     ...     return ret
     >>> print(check(1, {"miscounting": miscounting})["miscounting", "KVM's", "sync"])
-    9 tables: 0 fine, 0 lost, 0 endless, 9 otherwise broken
+    9 tables: fine 0, lost 0, spin 0, else 9
     "honest counts" fails first with an array of 1, on
     level 2, page 0, unsync_children 1
     `-[0*] not present
@@ -942,7 +951,7 @@ def nothing_spurious(batch: list[kvm_mmu_page]) -> bool:
     ...     pvec.sp *= 2
     ...     return ret
     >>> print(check(1, {"repeating": repeating})["repeating", "KVM's", "sync"])
-    9 tables: 8 fine, 0 lost, 0 endless, 1 otherwise broken
+    9 tables: fine 8, lost 0, spin 0, else 1
     "nothing spurious" fails first with an array of 1, on
     level 2, page 0, unsync_children 1
     `-[0*] level 1, page 1, unsync
@@ -988,17 +997,17 @@ def broken_by(
     KVM would WARN of, or write past its array, breaks a property, too.
     """
     broken: set[str] = set()
-    states: set[tuple[tuple[bool, int], ...]] = set()
+    states: list[list[tuple[bool, int]]] = []
     filled = False
 
     def observed(sp: kvm_mmu_page, pvec: kvm_mmu_pages) -> int:
         nonlocal filled
         if states and not nothing_unfindable(pages):
             broken.add("nothing unfindable")
-        state = tuple([(page.unsync, page.unsync_child_bitmap) for page in pages])
+        state = [(page.unsync, page.unsync_child_bitmap) for page in pages]
         if state in states:
             raise Broken("it ends")
-        states.add(state)
+        states.append(state)
         ret = walk(sp, pvec)
         filled = filled or ret == -ENOSPC or mmu_is_page_vec_full(pvec)
         if not nothing_spurious(list(for_each_sp(pvec))):
@@ -1014,12 +1023,12 @@ def broken_by(
     except (IndexError, OverflowError, ValueError) as error:
         broken.add(f"no {type(error).__name__}")
     else:
-        if not nothing_lost(pages[0]):
-            broken.add("nothing lost")
-        if not nothing_unfindable(pages):
-            broken.add("nothing unfindable")
-        if not honest_counts(pages):
-            broken.add("honest counts")
+        holds = {
+            "nothing lost": nothing_lost(pages[0]),
+            "nothing unfindable": nothing_unfindable(pages),
+            "honest counts": honest_counts(pages),
+        }
+        broken.update(name for name in holds if not holds[name])
     finally:
         GATHERS_PARENTS.discard(observed)
     return broken, filled or mmu_is_page_vec_full(pvec)
@@ -1028,13 +1037,14 @@ def broken_by(
 class Verdict:
     """What the tables came to, with one walk, array and caller.
 
-    `counts` has on how many all was fine, a page was lost at some capacity, or else the
-    loop was endless, or else another property broke.  `smallest` has by property the
-    smallest case: (links, pages, capacity), and the table.
+    `counts` has on how many tables a page was "lost", at whatever capacity; on how many
+    others the loop would "spin" for ever; on how many others something "else" broke;
+    and how many were "fine".  `smallest` has by property the smallest case that breaks
+    it: (links, pages, capacity), and the table.
     """
 
     def __init__(self) -> None:
-        self.counts = {"fine": 0, "lost": 0, "endless": 0, "otherwise broken": 0}
+        self.counts = {"fine": 0, "lost": 0, "spin": 0, "else": 0}
         self.smallest: dict[str, tuple[tuple[int, int, int], Table]] = {}
 
     def count(self, table: Table, broken: dict[str, int]) -> None:
@@ -1042,16 +1052,16 @@ class Verdict:
         if "nothing lost" in broken:
             self.counts["lost"] += 1
         elif "it ends" in broken:
-            self.counts["endless"] += 1
+            self.counts["spin"] += 1
         else:
-            self.counts["otherwise broken" if broken else "fine"] += 1
+            self.counts["else" if broken else "fine"] += 1
         for name in sorted(broken):
             size = (*table.size, broken[name])
             if name not in self.smallest or size < self.smallest[name][0]:
                 self.smallest[name] = size, table
 
     def __str__(self) -> str:
-        counts = ", ".join(f"{count} {what}" for what, count in self.counts.items())
+        counts = ", ".join(f"{what} {count}" for what, count in self.counts.items())
         lines = [f"{sum(self.counts.values())} tables: {counts}"]
         for name, ((_, _, capacity), table) in sorted(self.smallest.items()):
             lines.append(f'"{name}" fails first with an array of {capacity}, on')
@@ -1077,11 +1087,11 @@ def check(sptes: int = 4, walks: dict[str, Walk] = WALKS) -> Verdicts:
     caller).  Progress goes to stderr if that is a terminal; each SPTE more takes about
     ten times as long.
 
-    Raises TypeError or ValueError if `sptes` is not an int from 1 up, and what a walk
-    itself raises, but for the model's own exceptions, which are in the verdict.
+    Raises TypeError or ValueError if `sptes` is not an int from 1 up.  An IndexError,
+    OverflowError or ValueError of a walk is in its verdict; any other comes through.
 
     >>> print(check(2)["posted", "refusing", "zap"])
-    53 tables: 52 fine, 1 lost, 0 endless, 0 otherwise broken
+    53 tables: fine 52, lost 1, spin 0, else 0
     "nothing lost" fails first with an array of 2, on
     level 2, page 0, unsync_children 2
     |-[0*] level 1, page 1, unsync
@@ -1101,29 +1111,28 @@ def check(sptes: int = 4, walks: dict[str, Walk] = WALKS) -> Verdicts:
         before = [kvm_mmu_page(sp.level) for sp in pages]
         for sp, copy in zip(pages, before):
             become(copy, sp)
-        # If an array does not fill up, both readings of it are the same, and no caller
-        # can be careless: what broke is kept by walk, caller and capacity.
-        roomy: dict[tuple[str, str, int], set[str]] = {}
+        # An array that does not fill up is the same in both readings: what breaks then
+        # is known by walk, caller and capacity.
+        known: dict[tuple[str, str, int], set[str]] = {}
         for (label, array, caller), verdict in verdicts.items():
             walk = walks[label]
-            honest = "sync" if caller == "careless" else caller
+            least = pages[0].level if walk in GATHERS_PARENTS else 1
             broken: dict[str, int] = {}
-            capacity = pages[0].level if walk in GATHERS_PARENTS else 1
-            # No table of this size has more ways down than that, if a walk lies.
-            while capacity <= sptes * sptes + PT64_ROOT_MAX_LEVEL:
-                names = roomy.get((label, honest, capacity))
-                if names is None:
+            # The end is for a walk that would find any array too small.
+            for capacity in range(least, sptes * sptes + PT64_ROOT_MAX_LEVEL):
+                key = label, caller, capacity
+                if key in known:
+                    names, filled = known[key], False
+                else:
                     pvec = ARRAYS[array](capacity)
                     names, filled = broken_by(pages, CALLERS[caller], pvec, walk)
                     for sp, copy in zip(pages, before):
                         become(sp, copy)
-                    if not filled:
-                        roomy[label, honest, capacity] = names
                 for name in names:
                     broken.setdefault(name, capacity)
-                if (label, honest, capacity) in roomy:
+                if not filled:
+                    known[key] = names
                     break
-                capacity += 1
             verdict.count(table, broken)
     return verdicts
 
@@ -1190,7 +1199,6 @@ COSTED: dict[str, tuple[int, list[int]]] = {
     "32 x 32": (4, [i << 30 | j << 21 for i in range(32) for j in range(32)]),
 }
 
-
 Counts = dict[tuple[str, str], tuple[int, int]]
 
 
@@ -1252,8 +1260,6 @@ def cost_table(counts: Counts) -> Iterator[str]:
 
 
 # ====================================================================== the demo
-# From here on nothing is KVM's.
-
 
 Names = dict[kvm_mmu_page, str]
 
@@ -1344,14 +1350,14 @@ def narrate(
     return 3
     """
     lines = []
-    walks = {walk.__code__ for walk in WALKS.values()}
+    code = walk.__code__
 
     def see(frame: FrameType, event: str, result: object) -> None:
         if event != "return" or frame.f_back is None:
             return
         name, here = frame.f_code.co_name, frame.f_locals
-        at = here if frame.f_code in walks else frame.f_back.f_locals
-        if frame.f_code in walks:
+        at = here if frame.f_code is code else frame.f_back.f_locals
+        if frame.f_code is code:
             step = f"return {spelled(result)}"
         elif (name, bool(result)) in (
             ("is_shadow_present_pte", False),
@@ -1434,10 +1440,11 @@ def demo_process() -> Iterator[str]:
 def demo_question(table: Table, capacity: int) -> Iterator[str]:
     """Yield what the review feared, on a table that shows it, and why it is not so."""
     yield "YtcLiNskPb8z/2Qc@google.com asks: may `posted` clear a bit before it adds?"
-    yield f"If an add could fail, it would lose a page here, with {capacity} entries:"
+    size = f"an array of {capacity}, the root first"
+    yield f"If an add could fail, it would lose a page here ({size}):"
     for array in RefusingPages, kvm_mmu_pages:
         pages, pvec = table.build(), array(capacity)
-        names = dict(zip(pages, ("root", "A", "B")))
+        names = dict(zip(pages, ("root", *"ABCDEFGH")))
         if array is RefusingPages:
             yield from draw(pages[0], names)
         else:
@@ -1763,6 +1770,12 @@ zap it first with mmu_page_zap_pte()
     ...               lambda sp: mmu_unsync_walk(sp, None))
     >>> print(*{refusal(call, "leaf") for call in takes_page})
     TypeError: a kvm_mmu_page is needed, not 'leaf'
+    >>> refused(list, for_each_set_bit(-1))
+    ValueError: a bitmap must be 0 or more, not -1
+    >>> refused(mmu_unsync_walk, root, pvec, [])
+    TypeError: a walk must be a function, not []
+    >>> refused(mmu_unsync_walk, root, [], "posted")
+    TypeError: a kvm_mmu_pages is needed, not []
     >>> takes_array = (lambda pvec: mmu_unsync_walk(root, pvec, walk_posted),
     ...                lambda pvec: mmu_sync_children(root, pvec),
     ...                lambda pvec: mmu_zap_unsync_children(root, pvec),
@@ -1880,7 +1893,7 @@ page, not 2 1
     ...                 mmu_pages_add(pvec, child)
     ...     return found
     >>> print(check(2, {"greedy": greedy})["greedy", "KVM's", "zap"])
-    53 tables: 52 fine, 0 lost, 0 endless, 1 otherwise broken
+    53 tables: fine 52, lost 0, spin 0, else 1
     "no OverflowError" fails first with an array of 1, on
     level 2, page 0, unsync_children 2
     |-[0*] level 1, page 1, unsync
@@ -1912,7 +1925,7 @@ page, not 2 1
     ...         clear_unsync_child_bit(sp, i)
     ...     return found
     >>> print(check(3, {"deaf": deaf})["deaf", "KVM's", "sync"])
-    317 tables: 316 fine, 0 lost, 0 endless, 1 otherwise broken
+    317 tables: fine 316, lost 0, spin 0, else 1
     "nothing unfindable" fails first with an array of 1, on
     level 4, page 0, unsync_children 1
     `-[0*] level 3, page 1, unsync_children 1
@@ -1930,7 +1943,7 @@ page, not 2 1
     ...                     clear_unsync_child_bit(parent, index)
     ...     return WALKS["suggested"](sp, pvec)
     >>> print(check(3, {"thorough": thorough})["thorough", "KVM's", "sync"])
-    317 tables: 315 fine, 0 lost, 0 endless, 2 otherwise broken
+    317 tables: fine 315, lost 0, spin 0, else 2
     "nothing unfindable" fails first with an array of 1, on
     level 2, page 0, unsync_children 2
     |-[0*] level 1, page 2, unsync
@@ -1938,16 +1951,35 @@ page, not 2 1
     level 2, page 1, unsync_children 1
     `-[0*] level 1, page 3, unsync
 
-    One that never finds room, whatever the array has, does not keep the check going:
+    Arrays are tried up to one that does not fill up: where there is one page to add,
+    that is one of two entries.
 
-    >>> print(check(1, {"full": lambda sp, pvec: -ENOSPC})["full", "KVM's", "zap"])
-    9 tables: 0 fine, 0 lost, 9 endless, 0 otherwise broken
+    >>> def tried(walk, sptes):
+    ...     capacities = set()
+    ...     def watched(sp, pvec):
+    ...         capacities.add(pvec.capacity)
+    ...         return walk(sp, pvec)
+    ...     verdict = check(sptes, {"watched": watched})["watched", "KVM's", "sync"]
+    ...     return sorted(capacities), verdict
+    >>> tried(WALKS["suggested"], 1)[0]
+    [1, 2]
+
+    A walk that finds all of them too small spins, and the check does not.
+
+    >>> capacities, verdict = tried(lambda sp, pvec: -ENOSPC, 2)
+    >>> capacities
+    [1, 2, 3, 4, 5, 6, 7, 8]
+    >>> print(verdict)
+    53 tables: fine 0, lost 0, spin 53, else 0
     "it ends" fails first with an array of 1, on
     level 2, page 0, unsync_children 1
     `-[0*] not present
     >>> check(0)
     Traceback (most recent call last):
     ValueError: a bound must be 1 to 9223372036854775807, not 0
+    >>> check("4")
+    Traceback (most recent call last):
+    TypeError: a bound must be an int, not '4'
     """,
     "memory": """
     Level 1, where most pages are, shares one empty table of SPTEs; and nothing here has
@@ -1961,18 +1993,19 @@ page, not 2 1
     []
     """,
     "the command line": """
-    Without an argument it is the demo; every other one but -h is refused.
+    Of arguments there is -h, and no other.
 
     >>> from contextlib import redirect_stderr
-    >>> from unittest.mock import patch
     >>> def run(*arguments):
-    ...     with patch("sys.argv", ["", *arguments]), redirect_stderr(sys.stdout), \\
-    ...             patch.dict("os.environ", COLUMNS="80"):
-    ...         try:
+    ...     argv, sys.argv = sys.argv, ["", *arguments]
+    ...     try:
+    ...         with redirect_stderr(sys.stdout):
     ...             main()
-    ...         except SystemExit as error:
-    ...             print("status", error.code)
-    >>> run("-h")
+    ...     except SystemExit as error:
+    ...         print("status", error.code)
+    ...     finally:
+    ...         sys.argv = argv
+    >>> run("-h")  # doctest: +NORMALIZE_WHITESPACE
     usage: unsync_walk.py [-h]
     <BLANKLINE>
     Show KVM's unsync walk step by step, judge the four walks of its patch thread
@@ -1985,21 +2018,17 @@ page, not 2 1
     usage: unsync_walk.py [-h]
     unsync_walk.py: error: unrecognized arguments: --verbose
     status 2
-    >>> run()  # doctest: +ELLIPSIS
-    A guest has written the page tables of its heap, libc and stack, and flushes
-    ...
-    check-first  ...
     """,
     SLOW: """
     Nothing breaks in any walk but `posted`, and there only with the array that refuses;
     a careless caller breaks them all, each as it must.
 
+    >>> from contextlib import redirect_stderr, redirect_stdout
     >>> from io import StringIO
-    >>> from unittest.mock import patch
     >>> class Terminal(StringIO):
     ...     def isatty(self):
     ...         return True
-    >>> with patch("sys.stderr", Terminal()) as terminal:
+    >>> with redirect_stderr(Terminal()) as terminal:
     ...     found = check()
     >>> print(terminal.getvalue(), end="")
     500 of 2050 tables
@@ -2028,7 +2057,11 @@ page, not 2 1
     >>> import os, re
     >>> with open(os.path.join(os.path.dirname(__file__), "README.md")) as file:
     ...     readme = file.read()
-    >>> demonstrated, counts = list(demo()), costs()
+    >>> with redirect_stdout(StringIO()) as output:
+    ...     argv, sys.argv = sys.argv, [""]
+    ...     main()
+    ...     sys.argv = argv
+    >>> demonstrated, counts = output.getvalue().splitlines(), costs()
     >>> shown = "\\n".join([*demonstrated, *verdict_table(found), ""])
     >>> blocks = re.findall("```text\\n(.*?)```", readme, re.DOTALL)
     >>> lines = re.findall(r"^\\|.*\\| `(.*)` \\|$", readme, re.MULTILINE)
@@ -2058,14 +2091,14 @@ page, not 2 1
     >>> figures = [
     ...     4, len(list(small_tables(4))),
     ...     of("lost", "posted", "refusing"), links, capacity,
-    ...     of("otherwise broken", "posted", "refusing"), of("lost", "posted"),
+    ...     of("else", "posted", "refusing"), of("lost", "posted"),
     ...     of("lost", "suggested") + of("lost", "suggested", "refusing"),
     ...     row("suggested")[0] - row(alone)[0], row("suggested")[1],
     ...     of("lost", "check-first") + of("lost", "check-first", "refusing"),
     ...     careless("lost", "posted"), careless("lost", "suggested"),
     ...     careless("lost", "check-first"),
-    ...     careless("lost", "before"), careless("endless", "before"),
-    ...     careless("endless", "suggested"),
+    ...     careless("lost", "before"), careless("spin", "before"),
+    ...     careless("spin", "suggested"),
     ...     *(row(label, "32 x 32")[0] for label in ("before", "posted", "least")),
     ...     592, 1200,
     ...     row("posted")[0], row("posted")[0] - row(alone)[0],
