@@ -27,7 +27,8 @@ during the walk, and its review asked in which order that is right:
     https://lore.kernel.org/r/YtcLiNskPb8z/2Qc@google.com
 
 First come shadow pages, marking, the array, the walk and its callers, with the names
-that they have in KVM (arch/x86/kvm/mmu/, Linux 5.19).  Where KVM would WARN, or write
+that they have in KVM (arch/x86/kvm/mmu/, Linux 5.19); set_large_spte() and
+shadow_page_at(), which build tables, are the model's.  Where KVM would WARN, or write
 past the end of its array, the model raises an exception, and changes nothing.  Below
 stand the other walks of the thread, and what the model adds: a check of all walks on
 every small table, what they cost, a demo and the tests.
@@ -42,16 +43,18 @@ from itertools import chain, compress, product
 from types import FrameType
 
 __all__ = [
-    "ENOSPC", "GATHERS_PARENTS", "KVM_PAGE_ARRAY_NR", "LARGE_SPTE", "PG_LEVEL_1G",
-    "PG_LEVEL_2M", "PG_LEVEL_4K", "PT64_ROOT_MAX_LEVEL", "SPTE_ENT_PER_PAGE", "WALKS",
-    "RefusingPages", "Table", "Verdict", "__mmu_unsync_walk", "check",
-    "clear_unsync_child_bit", "cost_table", "costs", "draw", "for_each_set_bit",
-    "for_each_sp", "is_large_pte", "is_shadow_present_pte",
-    "kvm_mmu_mark_parents_unsync", "kvm_mmu_page", "kvm_mmu_pages",
-    "kvm_mmu_prepare_zap_page", "kvm_sync_page", "kvm_unsync_page", "link_shadow_page",
-    "mark_unsync", "mmu_is_page_vec_full", "mmu_page_zap_pte", "mmu_pages_add",
-    "mmu_sync_children", "mmu_unsync_walk", "mmu_zap_unsync_children", "set_large_spte",
-    "shadow_page_at", "small_tables", "to_shadow_page", "verdict_table", "walk_before",
+    "ABSENT", "ARRAYS", "CALLERS", "ENOSPC", "GATHERS_PARENTS", "KVM_PAGE_ARRAY_NR",
+    "LARGE", "LARGE_SPTE", "PG_LEVEL_1G", "PG_LEVEL_2M", "PG_LEVEL_4K",
+    "PT64_ROOT_MAX_LEVEL", "SPTE_ENT_PER_PAGE", "WALKS", "RefusingPages", "Table",
+    "Verdict", "__mmu_unsync_walk", "check", "clear_unsync_child_bit", "cost",
+    "cost_table", "costs", "draw", "for_each_set_bit", "for_each_sp", "honest_counts",
+    "is_large_pte", "is_shadow_present_pte", "kvm_mmu_mark_parents_unsync",
+    "kvm_mmu_page", "kvm_mmu_pages", "kvm_mmu_prepare_zap_page", "kvm_sync_page",
+    "kvm_unsync_page", "link_shadow_page", "mark_unsync", "mmu_is_page_vec_full",
+    "mmu_page_zap_pte", "mmu_pages_add", "mmu_sync_children", "mmu_unsync_walk",
+    "mmu_zap_unsync_children", "narrate", "nothing_lost", "nothing_spurious",
+    "nothing_unfindable", "set_large_spte", "shadow_page_at", "small_tables",
+    "sync_carelessly", "to_shadow_page", "verdict_table", "walk_before",
     "walk_check_first", "walk_posted",
 ]
 
@@ -848,6 +851,7 @@ def small_tables(sptes: int) -> Iterator[Table]:
     (4, 3) ((1,), ()) ()
     (4,) ((-1,),) ()
     """
+    _need_int("a bound", sptes, 1, sys.maxsize)
     for size, level, roots in product(range(1, sptes + 1), (2, 3, 4), (1, 2)):
         seen = set()
         for levels, rows, walked in _grown((level,) * roots, ((),), {0}, size):
@@ -1101,7 +1105,6 @@ def check(sptes: int = 4, walks: dict[str, Walk] = WALKS) -> Verdicts:
     |-[0*] level 1, page 1, unsync
     `-[1*] level 1, page 2, unsync
     """
-    _need_int("a bound", sptes, 1, sys.maxsize)
     verdicts = {key: Verdict() for key in product(walks, ARRAYS, CALLERS)}
     tables = list(small_tables(sptes))
     for number, table in enumerate(tables):
@@ -1951,23 +1954,23 @@ page, not 2 1
     level 2, page 1, unsync_children 1
     `-[0*] level 1, page 3, unsync
 
-    Arrays are tried up to one that does not fill up: where there is one page to add,
-    that is one of two entries.
+    Arrays are tried up to one that does not fill up, which for one page has two entries.
+    That one is the same in both readings, and runs once.
 
     >>> def tried(walk, sptes):
-    ...     capacities = set()
+    ...     arrays = set()
     ...     def watched(sp, pvec):
-    ...         capacities.add(pvec.capacity)
+    ...         arrays.add((type(pvec).__name__, pvec.capacity))
     ...         return walk(sp, pvec)
     ...     verdict = check(sptes, {"watched": watched})["watched", "KVM's", "sync"]
-    ...     return sorted(capacities), verdict
+    ...     return sorted(arrays), verdict
     >>> tried(WALKS["suggested"], 1)[0]
-    [1, 2]
+    [('RefusingPages', 1), ('kvm_mmu_pages', 1), ('kvm_mmu_pages', 2)]
 
     A walk that finds all of them too small spins, and the check does not.
 
-    >>> capacities, verdict = tried(lambda sp, pvec: -ENOSPC, 2)
-    >>> capacities
+    >>> arrays, verdict = tried(lambda sp, pvec: -ENOSPC, 2)
+    >>> [capacity for array, capacity in arrays if array == "RefusingPages"]
     [1, 2, 3, 4, 5, 6, 7, 8]
     >>> print(verdict)
     53 tables: fine 0, lost 0, spin 53, else 0
