@@ -5,9 +5,9 @@ KVM shadows a guest's page tables with tables of its own, the shadow pages.  It 
 guest write the lowest level of its tables freely, so the shadow pages of that level
 drift: they are *unsync*.  When the guest flushes its TLB, KVM must find every unsync
 page below a root, and sync it with the guest's table or zap it.  Miss one, and the
-guest goes on using a stale translation.  Bitmaps show the way:
+guest goes on using a stale translation.  A bit for each SPTE shows the way:
 
-        root  level 3   unsync_child_bitmap {0, 7}
+             level 3    unsync_child_bitmap {0, 7}
              /        \
         [0] /          \ [7]
          level 2 {4}    level 2 {4, 5}      shadow pages form a DAG:
@@ -16,18 +16,22 @@ guest goes on using a stale translation.  Bitmaps show the way:
                level 1        level 1
                unsync         unsync
 
-* A set bit promises little: behind it there *may* be an unsync page.  It can be stale.
-* A clear bit promises that there is none, but for the pages that a walk has put in its
-  array and whose bits it has cleared: of those the array alone knows.
-* Hence the caller's contract: sync or zap *every* page in the array before mmu_lock is
-  dropped, also when the walk returned -ENOSPC because the array is full.
+* A set bit promises little: an unsync page *may* be behind it.  It can be stale.
+* A clear bit promises that none is, except pages that a walk has put in its array, and
+  has cleared the bits of.  Only the array knows of those.
+* Hence the caller's contract: before it drops mmu_lock it must sync or zap *every* page
+  in the array, also when the walk returned -ENOSPC because the array is full.
 
-In 2022 a patch proposed to clear the bits during the walk, and its review asked whether
-its order is right: https://lore.kernel.org/r/YtcLiNskPb8z%2F2Qc@google.com
+In 2022 a patch proposed to clear a page's bit during the walk, before it adds the page
+to the array.  Is that order wrong, if the add fails?  So asks the review:
+https://lore.kernel.org/r/YtcLiNskPb8z%2F2Qc@google.com
 
-What KVM has (arch/x86/kvm/mmu/, Linux 5.19) keeps its name.  An error changes nothing:
-IndexError is for an SPTE that is not one of 0 to 511, OverflowError for an add where
-KVM would write past its array, ValueError for other bad values or where KVM would WARN.
+What KVM has (arch/x86/kvm/mmu/, Linux 5.19) keeps its name.  The model's own helpers,
+such as within() and trace(), stand below the walks.
+
+A call that is refused changes nothing.  IndexError: an SPTE's index is not 0 to 511.
+OverflowError: KVM would write past its array.  ValueError: other bad values, and where
+KVM would WARN.
 """
 
 from __future__ import annotations
@@ -153,6 +157,7 @@ class kvm_mmu_pages:
     def store(self, sp: kvm_mmu_page) -> bool:
         """Store `sp`, and only then say whether the array is full, as KVM does."""
         if self.nr == self.capacity:
+            trace("overrun", sp, self.nr)
             raise OverflowError(
                 f"all {self.nr} entries are in use: return -ENOSPC first"
             )
@@ -199,17 +204,21 @@ def __mmu_unsync_walk(sp: kvm_mmu_page, pvec: kvm_mmu_pages) -> int:
                     return -ENOSPC
                 nr_unsync_leaf += 1
 
-        # Either nothing behind this bit is unsync (it was stale), or all that is stands
-        # in the array.  That is as good, because the caller must sync or zap all that
-        # the array holds before it drops mmu_lock, *even on error*; and it cannot fail,
-        # since a page whose sync fails is zapped.
+        # Nothing behind this bit is unsync any more (it was stale), or the array has it
+        # all.  That is as good: the caller must sync or zap all that the array holds
+        # before it drops mmu_lock, *even on error*, and it cannot fail, since a page
+        # whose sync fails is zapped.
         clear_unsync_child_bit(sp, i)
 
     return nr_unsync_leaf
 
 
 def for_each_set_bit(bitmap: int) -> Iterator[int]:
-    """Yield the indexes of the bits that are set in `bitmap` (0 or more), rising."""
+    """Yield the indexes of the bits that are set in `bitmap` (0 or more), rising.
+
+    The kernel's macro reads the bitmap as it goes, this its value at the start: the same,
+    since a walk clears no other bit of a page than the one that it is at.
+    """
     while bitmap:
         lowest = bitmap & -bitmap
         yield lowest.bit_length() - 1
@@ -225,7 +234,7 @@ def mmu_unsync_walk(
     """Empty `pvec`, let `walk` fill it from below `sp`, and return what `walk` returns.
 
     A walk that gathers parents finds `sp` stored first.  It needs an array of as many
-    entries as `sp` has levels; parents alone would fill a smaller one, for ever.
+    entries as `sp` has levels: parents alone could fill a smaller one, again and again.
     """
     gathers = getattr(walk, "gathers_parents", False)
     if not callable(walk):
@@ -255,7 +264,7 @@ def mmu_page_zap_pte(parent: kvm_mmu_page, index: int) -> None:
 
 
 def kvm_sync_page(sp: kvm_mmu_page) -> None:
-    """Bring `sp`, which must be unsync, in line with the guest's table."""
+    """Sync `sp`, which must be unsync.  (In 5.19 kvm_unlink_unsync_page(), then this.)"""
     if not sp.unsync:
         raise ValueError(f"{sp} is in sync: sync only a page that is unsync")
     sp.unsync = False
@@ -313,7 +322,8 @@ def mmu_zap_unsync_children(
 
 
 # ================================================== the other walks of the thread
-# From here on names are the model's, except where they are said to be KVM's.
+# From here on names are the model's, except where they are said to be KVM's.  To add a
+# page takes no index here, as at the end of the series; in 5.19 it takes `i`.
 
 
 def gathers_parents(walk: Walk) -> Walk:
@@ -448,9 +458,9 @@ ParentPtes = list[tuple[kvm_mmu_page, int]]
 def for_each_sp_path(pvec: kvm_mmu_pages) -> Iterator[tuple[kvm_mmu_page, ParentPtes]]:
     """Yield each level-1 page with the SPTEs by which the walk came, lowest first.
 
-    KVM's array has the index of each page in its parent (struct mmu_page_path).  It is
-    that of the lowest bit that leads there: `before` goes by rising bits, keeps one if
-    there are unsync pages behind, and adds these when it first comes to them.
+    (struct mmu_page_path)  5.19 keeps the index of each entry of the array; here it is
+    the lowest set bit that leads to the entry from its parent.  It is the same one:
+    `before` goes by rising bits, and keeps those with unsync pages behind.
     """
     path: dict[int, kvm_mmu_page] = {}
     for sp in pvec.sp:
@@ -506,8 +516,8 @@ def need_spte(parent: kvm_mmu_page, index: int) -> None:
 def link_shadow_page(parent: kvm_mmu_page, index: int, child: kvm_mmu_page) -> None:
     """Let SPTE `index` (0..511) of `parent` point at `child`, one level below.  (KVM's)
 
-    A large SPTE is replaced, a child is not.  As always, the way to a page that is
-    unsync, or has unsync children, is marked.
+    A large SPTE is replaced (5.19 drops it first), a child is not.  The way to a page
+    that is unsync, or has unsync children, is marked.
     """
     need_spte(parent, index)
     ent = parent.spt[index]
@@ -646,28 +656,31 @@ def narrate(
         lines.append(f"{'  ' * depth}{step:6} {text}")
 
     with watching(see):
-        mmu_unsync_walk(root, pvec, walk)
-    return lines
+        ret = mmu_unsync_walk(root, pvec, walk)
+    return [*lines, f"return {'-ENOSPC' if ret == -ENOSPC else ret}"]
 
 
 # ===================================================================== the check
 # Is a walk right?  It runs on every small table, and on some that are not so small.
 #
 # Why `suggested` is right on tables of *any* size, and in either reading of the array:
-# at every step an unsync page is in the array, or its bit is set in every parent; and
-# the bit of a page with unsync children is set in every parent, too.
-#  1. It holds before a walk: the array is empty, and all pages are `findable`.
-#  2. A look changes nothing, and an add can only help.  A clear can break it, but only
-#     for what is behind that bit; so trial() looks there: is the clear `early`?
-#  3. `suggested` clears a bit if nothing is behind it, or a page in sync; if the page is
-#     unsync and its add has returned false, so that it is in the array; or if the page
-#     has had unsync children and the recursion has returned 0 or more, so that all its
-#     bits are clear, and, above level 1, it is not unsync itself.
-#  4. If it returns 0 or more no bit below the root is left.  So every unsync page there
-#     is in the array (`returned`), and in sync once the caller is done (`synced`).
-#  5. Else the array is full (`returned`) of unsync pages (`gathered`).  The caller deals
-#     with them, and is at 1 again with fewer: it `ends`.
-# `posted` is early at each unsync page, and counts on the add to mend that.
+# at every step each unsync page is in the array, or its bit is set in every parent; and
+# each page with unsync children has its bit set in every parent.
+#  1. So it is before a walk, when the array is empty and all pages are `findable`.
+#  2. A look changes nothing, and an add can only help.  A clear can only hurt what is
+#     behind that bit; trial() looks there, and calls the clear early if it does hurt.
+#  3. `suggested` is never early.  What is behind a bit that it clears is in sync; or was
+#     added just now, and the add returned false, so it is in the array; or had unsync
+#     children, and the recursion returned 0 or more, so all its bits are clear, and it
+#     is not unsync itself, being above level 1.
+#  4. If it returns 0 or more, it has cleared all bits of the root.  So, going down, all
+#     bits below are clear, and every unsync page there is in the array.  0 says that it
+#     added none; else the caller settles all (`returned`, `synced`).
+#  5. If it returns -ENOSPC, the array is full of unsync pages (`returned`, `gathered`).
+#     The caller settles these and is at 1 again, so it `ends`, unless the guest goes on
+#     writing for ever.
+# `posted` is early at every unsync page, and relies on the add to mend that.  To be early
+# is no mistake by itself, so it is counted apart.
 
 
 def findable(pages: Pages) -> bool:
@@ -878,28 +891,29 @@ def small_tables(sptes: int) -> Iterator[Table]:
 
 
 # fmt: off
-WIDE = [table._replace(capacities=(5, KVM_PAGE_ARRAY_NR)) for table in (
-    # A page with 40 leaves, in every word of the bitmap.
+WIDE = (
+    # A page with all bits set, and 40 leaves, some in every word of the bitmap.
     Table((2, *[1] * 40), tuple(
-        (0, n // 5 * 64 + (0, 1, 31, 32, 63)[n % 5], n + 1) for n in range(40)
-    ), tuple(range(1, 41))),
+        (0, i, 1 + i // 64 * 5 + (0, 1, 31, 32, 63).index(i % 64))
+        if i % 64 in (0, 1, 31, 32, 63) else (0, i, ABSENT) for i in range(512)
+    ), tuple(range(1, 41)), 0, (16,)),
     # A tree of 2.2.2.2, whose 16 leaves just fill KVM's array.
     Table((5, *[4] * 2, *[3] * 4, *[2] * 8, *[1] * 16), tuple(
         (page, 511 * i, 2 * page + 1 + i) for page in range(15) for i in (0, 1)
-    ), tuple(range(15, 31))),
-    # Six middle pages that share leaves; some have three parents, one has one twice.
+    ), tuple(range(15, 31)), 0, (5, 16)),
+    # Six middle pages that share ten leaves; some have three parents, one has one twice.
     Table((4, 3, 3, 3, *[2] * 6, *[1] * 10), (
         (0, 0, 1), (0, 1, 2), (0, 2, 3), (1, 0, 4), (1, 1, 5), (1, 2, 6), (1, 3, 7),
         (1, 4, 4), (2, 0, 6), (2, 1, 7), (2, 2, 8), (3, 0, 7), (3, 1, 9),
-        *((page, i, page + 6 + i) for page in range(4, 10) for i in range(5)),
-    ), tuple(range(10, 20))),
+        *((page, i, 10 + i) for page in range(4, 10) for i in range(10)),
+    ), tuple(range(10, 20)), 0, (5, 16)),
     # Stale bits of every kind, at every level.
     Table((5, 4, 4, 3, 3, 2, 2, *[1] * 7), (
         (0, 0, ABSENT), (0, 1, 1), (0, 2, 2), (2, 0, ABSENT), (2, 1, 3), (2, 2, 4),
         (4, 0, ABSENT), (4, 1, LARGE), (4, 2, 5), (4, 3, 6), (6, 0, ABSENT),
         (6, 1, LARGE), *((6, i, i + 5) for i in range(2, 9)),
-    ), tuple(range(8, 14))),
-)]
+    ), tuple(range(8, 14)), 0, (5, 16)),
+)
 # fmt: on
 
 
@@ -936,6 +950,8 @@ def trial(table: Table, walk: Walk, pvec: kvm_mmu_pages, caller: Caller) -> Outc
 
     def see(step: str, sp: kvm_mmu_page, detail: int) -> None:
         nonlocal early
+        if step == "overrun":
+            broken.add("free of OverflowError")
         ent: Any = sp.spt[detail] if step == "clear" else None
         if is_shadow_present_pte(ent) and not is_large_pte(ent):
             early |= ent.unsync_children > 0 or ent.unsync and ent not in pvec.sp
@@ -986,7 +1002,7 @@ def trial(table: Table, walk: Walk, pvec: kvm_mmu_pages, caller: Caller) -> Outc
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt):
             raise
-        broken.add(f"without {type(error).__name__}")
+        broken.add(f"free of {type(error).__name__}")
     return broken, filled, early
 
 
@@ -1061,7 +1077,7 @@ def check(
             walk, broken, early = walks[label], dict[str, int](), False
             gathers = getattr(walk, "gathers_parents", False)
             least = max(table.levels[0], table.top) if gathers else 1
-            sizes = [least] if table.top else range(least, least + 32)
+            sizes = (least, 16) if table.top else range(least, least + 32)
             for size in table.capacities or sizes:
                 key = label, caller if table.unsync else "", size
                 pvec = arrays[array](size)
@@ -1140,10 +1156,18 @@ class RefusingLeavesOnly(LeavesOnly, RefusingPages):
 
 
 LEAVES: Arrays = {"KVM's": LeavesOnly, "refusing": RefusingLeavesOnly}
-VARIANTS: dict[str, tuple[Walk, Caller, Arrays]] = {
-    "Linux": (walk_before, LINUX_CALLERS["sync"], ARRAYS),
-    **{label: (walk, mmu_sync_children, ARRAYS) for label, walk in WALKS.items()},
-    "check-first, no parents": (walk_check_first, mmu_sync_children, LEAVES),
+VARIANTS: dict[str, tuple[str, Walk, Caller, Arrays]] = {
+    "Linux": ("before; the caller clears", walk_before, LINUX_CALLERS["sync"], ARRAYS),
+    "before": ("05/12's base, after 04/12", walk_before, mmu_sync_children, ARRAYS),
+    "posted": ("05/12: clear, add", walk_posted, mmu_sync_children, ARRAYS),
+    "suggested": ("review: add, clear", __mmu_unsync_walk, mmu_sync_children, ARRAYS),
+    "check-first": ("full? add, clear", walk_check_first, mmu_sync_children, ARRAYS),
+    "no parents": (
+        "check-first, series' end",
+        walk_check_first,
+        mmu_sync_children,
+        LEAVES,
+    ),
 }
 
 # The levels of the root, and the addresses of which the page tables are unsync.
@@ -1159,7 +1183,7 @@ def costs(name: str) -> dict[str, Cost]:
     """Return by variant what a sync of table `name` of COSTED costs."""
     levels, addresses = COSTED[name]
     root, found = kvm_mmu_page(levels), {}
-    for label, (walk, caller, arrays) in VARIANTS.items():
+    for label, (_, walk, caller, arrays) in VARIANTS.items():
         for gva in addresses:
             kvm_unsync_page(shadow_page_at(root, gva))
         found[label] = cost(root, walk, arrays["KVM's"](), caller)
@@ -1170,16 +1194,16 @@ def answer_table(sptes: int) -> Iterator[str]:
     """Yield the lines of the table that answers the thread; `sptes` bounds its tables."""
     tables, found = list(small_tables(sptes)), costs("32 x 32")
     yield f"On how many of the {len(tables)} tables of up to {sptes} SPTEs is a page lost, if an add"
-    yield "can fail and with KVM's array; or a bit cleared early, its page not being in the"
-    yield "array?  To sync 32 x 32 pages takes how many looks, caller's clears, batches?"
-    yield f"{'':23} lost, adds fail    lost   early   looks  clears batches"
-    for label, (walk, caller, arrays) in VARIANTS.items():
+    yield "can fail (lost*) and with KVM's array (lost); or a bit cleared early, its page"
+    yield "not being in the array?  The rest is for a sync of 32 x 32 pages: looks at a"
+    yield "child, bits that the caller clears, walks that find something (batches)."
+    yield f"{'':38} lost* lost early  looks clears batches"
+    for label, (what, walk, caller, arrays) in VARIANTS.items():
         verdicts = check(sptes, {label: walk}, {"": caller}, arrays, tables)
         kvm, refusing = verdicts[label, "KVM's", ""], verdicts[label, "refusing", ""]
+        lost = f"{refusing.counts['lost']:6}{kvm.counts['lost']:5}{kvm.early:6}"
         looks, batches, clears = found[label]
-        numbers = kvm.counts["lost"], kvm.early, looks, clears, batches
-        cells = "".join(f"{number:8}" for number in numbers)
-        yield f"{label:23}{refusing.counts['lost']:16}{cells}"
+        yield f"{label:12}{what:26}{lost}{looks:7}{clears:7}{batches:8}"
 
 
 # ====================================================================== the demo
@@ -1193,8 +1217,8 @@ def demo_walk() -> Iterator[str]:
     for sp in list(names)[1:]:
         kvm_unsync_page(sp)
     yield "A guest has written the page tables of its data and heap, and flushes its TLB."
-    yield "[i] is SPTE i of a shadow page.  [i*] has its bit set: there may be an unsync"
-    yield "page behind it.  The walk goes by these bits:"
+    yield "[i] is SPTE i of a shadow page; [i*] has its bit set: behind it there may be an"
+    yield "unsync page.  The walk follows these bits:"
     yield from draw(root, names)
     yield from narrate(root, pvec, names)
     yield f"The caller syncs what is in the array: {', '.join(names[sp] for sp in pvec.sp)}."
@@ -1211,32 +1235,33 @@ def demo_walk() -> Iterator[str]:
         for sp in for_each_sp(pvec):
             kvm_sync_page(sp)
         result = "-ENOSPC" if ret == -ENOSPC else f"{ret}"
-        yield f"Walk {number} returns {result}, and {pvec.nr} pages are synced.  Still set are"
-        sps = sorted(below(root), key=lambda sp: -sp.level)
-        bits = [(sp, i) for sp in sps for i in for_each_set_bit(sp.unsync_child_bitmap)]
-        stale = [f"[{i}]" for sp, i in bits if sp.spt[i] is pvec.sp[-1]]
-        yield f"  {' '.join(f'[{i}]' for _, i in bits) or 'none'}"
+        yield f"Walk {number} returns {result}, and {pvec.nr} pages are synced.  Bits still set:"
+        pages = sorted(below(root), key=lambda sp: -sp.level)
+        bits = {sp: list(for_each_set_bit(sp.unsync_child_bitmap)) for sp in pages}
+        each = [f"level {sp.level} {bits[sp]}" for sp in pages if bits[sp]]
+        yield f"  {', '.join(each) or 'none'}"
+        stale = [i for sp in pages for i in bits[sp] if sp.spt[i] is pvec.sp[-1]]
         if stale:
-            yield f"  of which {stale[0]} is stale: its page filled the array and ended the walk"
+            yield f"  Bit {stale[0]} is stale: its page filled the array, and there the walk ended."
 
 
 def demo_question() -> Iterator[str]:
     """Yield what the review asks about, walked under both readings of the array."""
-    yield "The review (YtcLiNskPb8z/2Qc@google.com) asks whether 05/12 as posted may clear"
-    yield "a bit before it adds the page.  Take a root with two unsync pages, A and B, and"
-    yield "an array of 2, which has the root first.  If an add to a full array failed:"
+    yield "The review (YtcLiNskPb8z/2Qc@google.com) asks of 05/12 as posted, which clears a"
+    yield "bit before it adds the page: what if the add fails?  Take a root with two unsync"
+    yield "pages, A and B; an array of 2, the root first; and suppose that an add can fail:"
     table = Table((2, 1, 1), ((0, 0, 1), (0, 1, 2)), (1, 2))
     for array in RefusingPages, kvm_mmu_pages:
+        if array is kvm_mmu_pages:
+            yield "But KVM's array stores the page, and says if it is full now:"
         pages, pvec = table.build()[0], array(2)
         names = dict(zip(pages, ("root", "A", "B")))
         yield from narrate(pages[0], pvec, names, walk_posted)
         for sp in for_each_sp(pvec):
             kvm_sync_page(sp)
-        mmu_sync_children(pages[0], pvec, walk_posted)
+        found = mmu_sync_children(pages[0], pvec, walk_posted)
         lost = [f"{names[sp]} is still unsync: lost" for sp in pages if sp.unsync]
-        yield f"The caller syncs, and walks until it gets 0: {', '.join(lost) or 'all in sync'}."
-        if lost:
-            yield "But KVM's add stores the page, and says whether the array is full now:"
+        yield f"The caller syncs A, and walks on: {found} more, {''.join(lost) or 'all in sync'}."
 
 
 def demo(sptes: int = 2) -> Iterator[str]:
@@ -1245,10 +1270,6 @@ def demo(sptes: int = 2) -> Iterator[str]:
     yield ""
     yield from demo_question()
     yield ""
-    yield "Linux never took 05/12: it has the walk of `before`, and its callers clear the"
-    yield "bits of what they synced.  before: after 04/12 the next walk has to clear them."
-    yield "posted: 05/12.  suggested: the review; adds, then clears, gathers no parents."
-    yield "check-first: the resolution; asks if the array is full, then adds, then clears."
     yield from answer_table(sptes)
 
 
@@ -1270,18 +1291,42 @@ def main() -> None:
 
 __test__ = {
     "pages that are shared": """
-    A leaf is stored once, and counted for each bit that leads there.  But `check-first`
-    asks for room even for what is stored already, and so may return -ENOSPC early.
+    A leaf is stored once, and counted for each bit that leads there.  This walk is not
+    of the thread, and does not recurse; its steps are seen all the same.
 
+    >>> def flat(page, array):
+    ...     for k in list(for_each_set_bit(page.unsync_child_bitmap)):
+    ...         if is_shadow_present_pte(page.spt[k]) and not is_large_pte(page.spt[k]):
+    ...             if mmu_pages_add(array, to_shadow_page(page.spt[k])):
+    ...                 return -ENOSPC
+    ...         clear_unsync_child_bit(page, k)
     >>> root, leaf = kvm_mmu_page(2), kvm_mmu_page(1)
-    >>> link_shadow_page(root, 0, leaf)
-    >>> link_shadow_page(root, 1, leaf)
-    >>> for walk, capacity in (__mmu_unsync_walk, 2), (walk_check_first, 2):
-    ...     kvm_unsync_page(leaf)
-    ...     pvec = kvm_mmu_pages(capacity)
-    ...     print(mmu_unsync_walk(root, pvec, walk), leaf in pvec.sp, root.unsync_children)
-    2 True 0
-    -28 True 1
+    >>> for i, page in (0, leaf), (1, leaf), (2, kvm_mmu_page(1)), (3, kvm_mmu_page(1, 9)):
+    ...     link_shadow_page(root, i, page)
+    ...     kvm_unsync_page(page)
+    >>> set_large_spte(root, 2)
+    >>> for line in narrate(root, kvm_mmu_pages(2), {leaf: "A"}, flat):
+    ...     print(line)
+    look   level 1, A, unsync
+    add    A: entry 1 of 2
+    clear  [0]: 3 left
+    look   level 1, A, unsync
+    add    A: entry 1 of 2
+    clear  [1]: 2 left
+    clear  [2]: 1 left
+    look   level 1, unsync
+    add    gfn 0x9: entry 2 of 2, the array is full now
+    return -ENOSPC
+    >>> kvm_sync_page(root.spt[3])
+    >>> cost(root, __mmu_unsync_walk, kvm_mmu_pages()), watchers
+    (Cost(looks=1, batches=0, clears=0), [])
+
+    `check-first` asks for room even for what is stored already, and so may return
+    -ENOSPC early.
+
+    >>> kvm_unsync_page(leaf)
+    >>> mmu_unsync_walk(root, kvm_mmu_pages(2), walk_check_first), root.unsync_children
+    (-28, 1)
 
     What is below is drawn, and looked through, once, however many ways lead there.
 
@@ -1382,37 +1427,6 @@ __test__ = {
     >>> for level, edge in (4, 1 << 47), (5, 1 << 56):
     ...     _ = shadow_page_at(kvm_mmu_page(level), (1 << 64) - edge)
     """,
-    "what a watcher sees": """
-    Any walk that is made of the model's functions, also one without recursion.
-
-    >>> def flat(page, array):
-    ...     for k in list(for_each_set_bit(page.unsync_child_bitmap)):
-    ...         if is_shadow_present_pte(page.spt[k]) and not is_large_pte(page.spt[k]):
-    ...             child = to_shadow_page(page.spt[k])
-    ...             if child.unsync and mmu_pages_add(array, child):
-    ...                 return -ENOSPC
-    ...         clear_unsync_child_bit(page, k)
-    ...     return array.nr
-    >>> root, leaf = kvm_mmu_page(2), kvm_mmu_page(1)
-    >>> for i, page in (0, leaf), (1, leaf), (2, kvm_mmu_page(1)), (3, kvm_mmu_page(1, 9)):
-    ...     link_shadow_page(root, i, page)
-    ...     kvm_unsync_page(page)
-    >>> set_large_spte(root, 2)
-    >>> for line in narrate(root, kvm_mmu_pages(2), {leaf: "A"}, flat):
-    ...     print(line)
-    look   level 1, A, unsync
-    add    A: entry 1 of 2
-    clear  [0]: 3 left
-    look   level 1, A, unsync
-    add    A: entry 1 of 2
-    clear  [1]: 2 left
-    clear  [2]: 1 left
-    look   level 1, unsync
-    add    gfn 0x9: entry 2 of 2, the array is full now
-    >>> kvm_unsync_page(leaf)
-    >>> cost(root, flat, kvm_mmu_pages(1)), watchers
-    (Cost(looks=5, batches=2, clears=0), [])
-    """,
     "the power of the check": """
     Of the ways to change the reference that changes() knows, which pass?
 
@@ -1463,20 +1477,11 @@ __test__ = {
     True
     """,
     "the demo": """
-    It fits on a page, and takes no argument but -h.
+    It is to fit into a mail.
 
     >>> lines = list(demo())
     >>> len(lines) <= 60, max(map(len, lines)) <= 80, "".join(lines).isascii()
     (True, True, True)
-    >>> argv, sys.argv = sys.argv, ["unsync_walk.py", "-h"]
-    >>> try:
-    ...     main()
-    ... except SystemExit as error:
-    ...     print("status", error.code)  # doctest: +ELLIPSIS
-    usage: unsync_walk.py [-h]
-    ...
-    status 0
-    >>> sys.argv = argv
     """,
 }
 
