@@ -158,9 +158,7 @@ class kvm_mmu_pages:
         """Store `sp`, and only then say whether the array is full, as KVM does."""
         if self.nr == self.capacity:
             trace("overrun", sp, self.nr)
-            raise OverflowError(
-                f"all {self.nr} entries are in use: return -ENOSPC first"
-            )
+            raise OverflowError(f"all {self.nr} entries are used: return -ENOSPC first")
         self.sp.append(sp)
         return self.nr == self.capacity
 
@@ -240,9 +238,7 @@ def mmu_unsync_walk(
     if not callable(walk):
         raise TypeError(f"a walk must be a function such as walk_posted, not {walk!r}")
     if pvec.capacity < sp.level and gathers:
-        raise ValueError(
-            f"to gather parents takes {sp.level} entries, not {pvec.capacity}"
-        )
+        raise ValueError(f"{walk} needs {sp.level} entries, not {pvec.capacity}")
     pvec.sp.clear()
     if not sp.unsync_children:
         return 0
@@ -470,9 +466,8 @@ def for_each_sp_path(pvec: kvm_mmu_pages) -> Iterator[tuple[kvm_mmu_page, Parent
             for level in range(PG_LEVEL_2M, pvec.sp[0].level + 1):
                 parent, child = path[level], path[level - 1]
                 bits = for_each_set_bit(parent.unsync_child_bitmap)
-                parents.append(
-                    (parent, next(i for i in bits if parent.spt[i] is child))
-                )
+                i = next(i for i in bits if parent.spt[i] is child)
+                parents.append((parent, i))
             yield sp, parents
 
 
@@ -1038,7 +1033,7 @@ class Verdict:
         lines = [f"{sum(self.counts.values())} tables: {counts}"]
         for what, ((*_, size), table, broken) in self.smallest.items():
             lines.append(
-                f"{what}: not {', '.join(broken)}; with an array of {size}, on"
+                f"{what}: not {', '.join(broken)}; first with {size} entries, on"
             )
             lines.append(str(table))
         return "\n".join(lines)
@@ -1062,9 +1057,7 @@ def check(
     """
     within("the number of SPTEs", sptes, 1, sys.maxsize)
     if not isinstance(walks, dict) or not all(map(callable, walks.values())):
-        raise TypeError(
-            f"right is check(3, {{'mine': my_walk}}), not walks = {walks!r}"
-        )
+        raise TypeError(f"call check(3, {{'mine': my_walk}}), not with {walks!r}")
     verdicts = {key: Verdict() for key in product(walks, arrays, callers)}
     tables = list(tables or all_tables(sptes))
     for number, table in enumerate(tables, 1):
@@ -1377,6 +1370,14 @@ __test__ = {
     ...     left = number > 4 and (sp.unsync_children or not synced(below(sp) - {sp}))
     ...     if not true or gone or left:
     ...         print(f"step {step}: call {number} on {sp}, SPTE {i}, {other}")
+    """,
+    "Linux": """
+    Its callers pass on every table: no page is lost, and no clear bit cleared.
+
+    >>> for line in verdict_table(check(3, {"Linux": walk_before}, LINUX_CALLERS)):
+    ...     print(line)
+    walk  array  caller  fine  lost  spin  else
+    the other 4: fine on all 349 tables
     """,
     "misuse": """
     Each call is refused by the exception that it stands below, and changes nothing.
