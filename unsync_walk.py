@@ -1129,19 +1129,18 @@ def cost(
     return Cost(steps.count(("look", True)), batches, steps.count(("clear", False)))
 
 
-class LeavesOnly(kvm_mmu_pages):
-    """An array without parents, which the end of the series gathers no more."""
+class LeavesOnly(RefusingPages):
+    """An array without parents, which the end of the series gathers no more.
+
+    It serves for both readings, since `check-first` never adds to a full array.
+    """
 
     def store(self, sp: kvm_mmu_page) -> bool:
         """Store `sp` if it is of level 1."""
         return sp.level == PG_LEVEL_4K and super().store(sp)
 
 
-class RefusingLeavesOnly(LeavesOnly, RefusingPages):
-    """The same, where a full array refuses."""
-
-
-LEAVES: Arrays = {"KVM's": LeavesOnly, "refusing": RefusingLeavesOnly}
+LEAVES: Arrays = dict.fromkeys(ARRAYS, LeavesOnly)
 VARIANTS: dict[str, tuple[str, Walk, Caller, Arrays]] = {
     "Linux": ("before; the caller clears", walk_before, LINUX_CALLERS["sync"], ARRAYS),
     "before": ("05/12's base, after 04/12", walk_before, mmu_sync_children, ARRAYS),
