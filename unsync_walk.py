@@ -2,10 +2,10 @@
 r"""KVM's unsync walk as a model that runs: one file, to be read beside its thread.
 
 KVM shadows a guest's page tables with tables of its own, the shadow pages.  It lets the
-guest write the lowest level of its tables freely, so the shadow pages of that level
-drift: they are *unsync*.  When the guest flushes its TLB, KVM must find every unsync
-page below a root, and sync it with the guest's table or zap it.  Miss one, and the
-guest goes on using a stale translation.  A bit for each SPTE shows the way:
+guest write tables of the lowest level freely, so the shadow pages of that level drift:
+they are *unsync*.  When the guest flushes its TLB, KVM must find every unsync page below
+a root, and sync it with the guest's table or zap it.  Miss one, and the guest goes on
+using a stale translation.  A bit for each SPTE shows the way:
 
              level 3    unsync_child_bitmap {0, 7}
              /        \
@@ -17,19 +17,22 @@ guest goes on using a stale translation.  A bit for each SPTE shows the way:
                unsync         unsync
 
 * A set bit promises little: an unsync page *may* be behind it.  It can be stale.
-* A clear bit promises that none is, except pages that a walk has put in its array, and
-  has cleared the bits of.  Only the array knows of those.
+* A clear bit promises that none is, except what a walk has put in its array already.
+  Of that the array alone knows.
 * Hence the caller's contract: before it drops mmu_lock it must sync or zap *every* page
   in the array, also when the walk returned -ENOSPC because the array is full.
 
-In 2022 a patch proposed to clear a bit during the walk, before the page is added to the
-array.  Its review asked whether that order is wrong, if the add fails:
+In 2022 a patch proposed that the walk clear the bit of a page which it is about to add
+to the array.  Its review asked whether that order is wrong, if the add fails:
 https://lore.kernel.org/r/YtcLiNskPb8z%2F2Qc@google.com
 
-What KVM has (arch/x86/kvm/mmu/, Linux 5.19) keeps its name; what the model adds stands
-below the walks.  A call that is refused changes nothing.  It raises IndexError for an
-SPTE outside of 0 to 511, OverflowError where KVM would write past its array, ValueError
-for another bad value or where KVM would WARN.
+What KVM has (arch/x86/kvm/mmu/, Linux 5.19) keeps its name.  But __mmu_unsync_walk() is
+the review's here, and the callers are those that the patch expects; walk_before() and
+linux_caller() are what Linux has.  Helpers of the model stand below the walks.
+
+A call that is refused changes nothing.  It raises IndexError for an SPTE outside of 0 to
+511, OverflowError where KVM would write past its array, and ValueError for another bad
+value or where KVM would WARN.
 """
 
 from __future__ import annotations
@@ -126,7 +129,7 @@ def mark_unsync(sp: kvm_mmu_page, index: int) -> None:
 
 
 def clear_unsync_child_bit(sp: kvm_mmu_page, index: int) -> None:
-    """Clear bit `index` of `sp`, and of `sp` alone.  It must be set."""
+    """Clear bit `index` of `sp`, which must be set; its ancestors stay as they are."""
     if not sp.unsync_child_bitmap & 1 << index:
         raise ValueError(f"bit {index} of {sp} is clear already: clear only a set bit")
     sp.unsync_children -= 1
@@ -178,8 +181,8 @@ def mmu_pages_add(pvec: kvm_mmu_pages, sp: kvm_mmu_page) -> bool:
 def __mmu_unsync_walk(sp: kvm_mmu_page, pvec: kvm_mmu_pages) -> int:
     """Add the unsync pages below `sp` to `pvec`, and clear the bits that led to them.
 
-    Returns how often it came upon one, which is once for each bit that leads there, or
-    -ENOSPC because the array is full.  This is the C of YtcLiNskPb8z/2Qc@google.com,
+    Returns how often it came upon one, once for each SPTE that points at it, or -ENOSPC
+    because the array is full.  This is the C of YtcLiNskPb8z/2Qc@google.com,
     which calls it __mmu_unsync_walk_and_clear(), as the end of the series does.
     """
     nr_unsync_leaf = 0
@@ -200,10 +203,9 @@ def __mmu_unsync_walk(sp: kvm_mmu_page, pvec: kvm_mmu_pages) -> int:
                     return -ENOSPC
                 nr_unsync_leaf += 1
 
-        # Nothing behind this bit is unsync any more (it was stale), or the array has it
-        # all.  That is as good: the caller must sync or zap all that the array holds
-        # before it drops mmu_lock, *even on error*, and it cannot fail, since a page
-        # whose sync fails is zapped.
+        # All that is unsync behind this bit is in the array by now, or there was nothing
+        # (it was stale).  The caller must sync or zap all that the array holds before it
+        # drops mmu_lock, *even on error*.  It cannot fail: a failed sync zaps the page.
         clear_unsync_child_bit(sp, i)
 
     return nr_unsync_leaf
@@ -229,14 +231,14 @@ def mmu_unsync_walk(
 ) -> int:
     """Empty `pvec`, let `walk` fill it from below `sp`, and return what `walk` returns.
 
-    A walk that gathers parents finds `sp` stored first.  It needs an array of as many
-    entries as `sp` has levels: parents alone could fill a smaller one, again and again.
+    A walk that gathers parents finds `sp` stored first.  Its array must have room for a
+    page of each level, or it could fill up again and again before it comes to a leaf.
     """
     gathers = getattr(walk, "gathers_parents", False)
     if not callable(walk):
         raise TypeError(f"a walk must be a function such as walk_posted, not {walk!r}")
     if pvec.capacity < sp.level and gathers:
-        raise ValueError(f"{walk} needs {sp.level} entries, not {pvec.capacity}")
+        raise ValueError(f"{sp} takes {sp.level} entries or more, not {pvec.capacity}")
     pvec.sp.clear()
     if not sp.unsync_children:
         return 0
@@ -258,7 +260,7 @@ def mmu_page_zap_pte(parent: kvm_mmu_page, index: int) -> None:
 
 
 def kvm_sync_page(sp: kvm_mmu_page) -> None:
-    """Sync `sp`, which must be unsync.  (In 5.19 kvm_unlink_unsync_page(), then this.)"""
+    """Sync `sp`, which must be unsync: 5.19's kvm_unlink_unsync_page(), and then this."""
     if not sp.unsync:
         raise ValueError(f"{sp} is in sync: sync only a page that is unsync")
     sp.unsync = False
@@ -385,7 +387,7 @@ def walk_posted(sp: kvm_mmu_page, pvec: kvm_mmu_pages) -> int:
                 return ret
             nr_unsync_leaf += ret
 
-        # The same contract, relied on one step too soon: the bit goes *before* the add.
+        # The same contract, but the bit goes *before* the add.
         clear_unsync_child_bit(sp, i)
         if child.unsync:
             nr_unsync_leaf += 1
@@ -396,7 +398,7 @@ def walk_posted(sp: kvm_mmu_page, pvec: kvm_mmu_pages) -> int:
 
 
 def mmu_is_page_vec_full(pvec: kvm_mmu_pages) -> bool:
-    """Whether the next add would go too far: a question that the resolution adds."""
+    """Whether another page would go too far: a question that the resolution adds."""
     return pvec.nr == pvec.capacity
 
 
@@ -414,7 +416,7 @@ def walk_check_first(sp: kvm_mmu_page, pvec: kvm_mmu_pages) -> int:
 
         child = to_shadow_page(ent)
         if not child.unsync and not child.unsync_children:
-            clear_unsync_child_bit(sp, i)  # the same goto
+            clear_unsync_child_bit(sp, i)  # the same
             continue
 
         if mmu_is_page_vec_full(pvec):
@@ -430,7 +432,7 @@ def walk_check_first(sp: kvm_mmu_page, pvec: kvm_mmu_pages) -> int:
         else:
             nr_unsync_leaf += 1
 
-        # The contract as in the reference.  No add is left that could be misread.
+        # The same contract.
         clear_unsync_child_bit(sp, i)
 
     return nr_unsync_leaf
@@ -451,9 +453,9 @@ ParentPtes = list[tuple[kvm_mmu_page, int]]
 def for_each_sp_path(pvec: kvm_mmu_pages) -> Iterator[tuple[kvm_mmu_page, ParentPtes]]:
     """Yield each level-1 page with the SPTEs by which the walk came, lowest first.
 
-    (struct mmu_page_path)  5.19 keeps the index of each entry of the array; here it is
-    the lowest set bit that leads to the entry from its parent.  It is the same one:
-    `before` goes by rising bits, and keeps those with unsync pages behind.
+    (struct mmu_page_path)  5.19 keeps with each entry of the array its index in the
+    parent.  Here it is the lowest set bit that leads there: `before` takes bits in rising
+    order, and those on the way to an unsync page stay set.
     """
     path: dict[int, kvm_mmu_page] = {}
     for sp in pvec.sp:
@@ -492,7 +494,7 @@ def linux_caller(settle: Callable[[kvm_mmu_page], None]) -> Caller:
 
 
 def within(what: str, value: int, low: int, high: int) -> None:
-    """Refuse an int that is not from `low` to `high`; Python itself refuses the rest."""
+    """Refuse what is not an int (by TypeError, as Python does) from `low` to `high`."""
     if not low <= as_int(value) <= high:
         raise ValueError(f"{what} must be {low} to {high}, not {value}")
 
@@ -584,9 +586,12 @@ def draw(
     names, drawn = names or {}, set() if drawn is None else drawn
     bits = root.unsync_child_bitmap
     slots = [i for i, ent in enumerate(root.spt) if ent is not None or bits >> i & 1]
-    yield described(root, names) + (", as above" if slots and root in drawn else "")
-    for i in () if root in drawn else slots:
-        drawn.add(root)
+    if root in drawn and slots:
+        yield described(root, names) + ", as above"
+        return
+    drawn.add(root)
+    yield described(root, names)
+    for i in slots:
         fork, margin = ("`-", "  ") if i == slots[-1] else ("|-", "| ")
         ent = root.spt[i]
         page = is_shadow_present_pte(ent) and not is_large_pte(ent)
@@ -606,7 +611,8 @@ watchers: list[Watcher] = []
 def trace(step: str, sp: kvm_mmu_page, detail: int) -> None:
     """Tell who is watching of a "look" at `sp`, "add" of `sp` or "clear" in `sp`.
 
-    `detail` is of an add what it returns, and of a clear the index of the bit.
+    `detail` is what an add returns, or the index of a bit that is cleared.  An "overrun"
+    is an add that KVM would write past its array.
     """
     for watcher in watchers:
         watcher(step, sp, detail)
@@ -657,18 +663,20 @@ def narrate(
 # Why `suggested` is right on tables of *any* size, and in either reading of the array:
 # at every step each unsync page is in the array, or its bit is set in every parent; and
 # each page with unsync children has its bit set in every parent.
-#  1. So it is before a walk: the array is empty, and all pages are `findable`.
+#  1. So it is before a walk, when the array is empty: all pages are `findable`.  Marking
+#     sees to that, and it may stop at a page that has other bits, for that is marked.
 #  2. A look changes nothing, an add can only help, and a clear can only hurt what is
 #     behind that bit.  There trial() looks, and calls the clear early if it hurts.
 #  3. `suggested` is never early.  What is behind a bit that it clears is in sync; or was
 #     added just now, and the add returned false, so it is in the array; or had unsync
-#     children, and the recursion returned 0 or more, so all its bits are clear, and it
-#     is not unsync itself, being above level 1.
-#  4. If it returns 0 or more, all bits of the root are clear.  So, going down, are those
-#     below, and every unsync page there is in the array.  If there is one the result is
-#     not 0, and the caller settles them all (`returned`, `synced`).
-#  5. If it returns -ENOSPC, the array is full of unsync pages (`returned`, `gathered`).
-#     The caller settles these and is at 1 again.  So it `ends`, if the guest's writing does.
+#     children, and the walk of it returned 0 or more, so (by 4, a level below) all its
+#     bits are clear, and, being above level 1, it is not unsync itself.
+#  4. If it returns 0 or more, it has cleared all bits of its page.  So, going down from
+#     the root, all bits are clear, and every unsync page is in the array.  The count says
+#     if there is one, and the caller settles them all (`returned`, `synced`).
+#  5. If an add returns true, -ENOSPC goes straight up, and no other add follows.  The
+#     array is full of unsync pages (`returned`, `gathered`).  The caller settles these,
+#     one at least, and is at 1 again.  So it `ends`, if the guest's writing does.
 # `posted` is early at every unsync page, and relies on the add to mend that.  This is no
 # mistake by itself, so it is counted apart.
 
@@ -811,7 +819,7 @@ class Table(NamedTuple):
         SPTEs a page in sync behind a bit that is clear.
         """
         pages = [kvm_mmu_page(level, n // 2) for n, level in enumerate(self.levels)]
-        root, sptes = pages[0], list(self.sptes)
+        root, other, sptes = pages[0], pages[-1], list(self.sptes)
 
         def add(level: int) -> kvm_mmu_page:
             pages.append(kvm_mmu_page(level, len(pages)))
@@ -825,7 +833,7 @@ class Table(NamedTuple):
                 root = pages[-1]
             for sp in (root, *pages[: len(self.levels)]):
                 if sp.level < PT64_ROOT_MAX_LEVEL:
-                    link_shadow_page(add(sp.level + 1), 300, sp)
+                    link_shadow_page(other := add(sp.level + 1), 300, sp)
                 if sp.level > PG_LEVEL_4K and not is_shadow_present_pte(sp.spt[65]):
                     link_shadow_page(sp, 65, add(sp.level - 1))
         for page, i, ent in sptes:
@@ -837,7 +845,7 @@ class Table(NamedTuple):
             mark_unsync(pages[page], i)
         for page in self.unsync:
             kvm_unsync_page(pages[page])
-        return pages, [root, pages[-1], root] if self.top else [root]
+        return pages, [root, other, root] if self.top else [root]
 
     def __str__(self) -> str:
         pages, drawn = self.build()[0], set[kvm_mmu_page]()
@@ -930,7 +938,7 @@ def trial(table: Table, walk: Walk, pvec: kvm_mmu_pages, caller: Caller) -> Outc
     reached: Pages = set()
     broken: set[str] = set()
     filled = False
-    nr_walks = left = looks = 0
+    nr_walks = walks_left = looks = 0
 
     def expect(**properties: bool) -> None:
         broken.update(name for name, holds in properties.items() if not holds)
@@ -940,31 +948,32 @@ def trial(table: Table, walk: Walk, pvec: kvm_mmu_pages, caller: Caller) -> Outc
         looks += step == "look" and sp.unsync
         if step == "overrun":
             broken.add("free of OverflowError")
-        ent: Any = sp.spt[detail] if step == "clear" else None
-        page = is_shadow_present_pte(ent) and not is_large_pte(ent)
-        if page and (ent.unsync_children or ent.unsync and ent not in pvec.sp):
+        ent = sp.spt[detail] if step == "clear" else None
+        if isinstance(ent, kvm_mmu_page) and (
+            ent.unsync_children or ent.unsync and ent not in pvec.sp
+        ):
             broken.add("early")
 
     def begin(guest_writes: bool) -> None:
-        nonlocal left
+        nonlocal walks_left
         for sp in pages if guest_writes else ():
             if sp.level == PG_LEVEL_4K and sp.parent_ptes:
                 kvm_unsync_page(sp)
         # Each walk must clear a bit or find a page, but for the last.
-        left = 1 + sum([sp.unsync + sp.unsync_children for sp in pages])
+        walks_left = 1 + sum([sp.unsync + sp.unsync_children for sp in pages])
 
     def rest() -> list[object]:
         links = [(sp.level, sp.gfn, sp.unsync, *sp.parent_ptes) for sp in pages]
         return [pvec.capacity, links, [spt[i] for spt, i in ents]]
 
     def judged_walk(root: kvm_mmu_page, pvec: kvm_mmu_pages) -> int:
-        nonlocal filled, left, looks, nr_walks
+        nonlocal filled, looks, nr_walks, walks_left
         expect(findable=findable(pages))
         if nr_walks == 1 and table.top:
             begin(guest_writes=True)
-        if left == 0:
+        if walks_left == 0:
             raise Broken("ends")
-        left, nr_walks = left - 1, nr_walks + 1
+        nr_walks, walks_left = nr_walks + 1, walks_left - 1
         before, bits = rest(), {sp: sp.unsync_child_bitmap for sp in pages}
         looks = 0
         ret = walk(root, pvec)
@@ -1057,21 +1066,16 @@ def check(
     for number, table in enumerate(tables, 1):
         if number % 500 == 0 and sys.stderr.isatty():
             print(f"{number} of {len(tables)} tables", file=sys.stderr)
-        # Where an array does not fill up both readings come to the same; where nothing is
-        # unsync all callers do.  Such a trial need not be repeated.
-        alike: dict[tuple[str, str, int], Outcome] = {}
         for (label, array, caller), verdict in verdicts.items():
             walk, broken = walks[label], dict[str, int]()
             gathers = getattr(walk, "gathers_parents", False)
             least = max(table.levels[0], table.top) if gathers else 1
             sizes = (least, 16) if table.top else range(least, least + 32)
             for size in table.capacities or sizes:
-                key = label, caller if table.unsync else "", size
                 pvec = arrays[array](size)
-                found = alike.get(key) or trial(table, walk, pvec, callers[caller])
-                broken = {**dict.fromkeys(found[0], size), **broken}
-                if not found[1]:
-                    alike[key] = found
+                found, filled = trial(table, walk, pvec, callers[caller])
+                broken = {**dict.fromkeys(found, size), **broken}
+                if not filled:
                     break
             verdict.count(table, broken)
     return verdicts
@@ -1079,16 +1083,14 @@ def check(
 
 def verdict_table(verdicts: Verdicts) -> Iterator[str]:
     """Yield the lines of a table of what `check` returns: of all that is not fine."""
-    rows = [("walk", "array", "caller", "fine", "lost", "spin", "else")]
+    names = "walk", "array", "caller", "fine", "lost", "spin", "else"
+    rows: list[tuple[object, ...]] = [names]
     for key, verdict in verdicts.items():
         if verdict.smallest:
-            fine, lost, spin, other = map(str, verdict.counts.values())
-            rows.append((*key, fine, lost, spin, other))
-    wide = [max(map(len, column)) for column in zip(*rows)]
+            rows.append((*key, *verdict.counts.values()))
+    wide = [max(len(str(cell)) for cell in column) for column in zip(*rows)]
     for row in rows:
-        names = [f"{cell:{width}}" for cell, width in zip(row[:3], wide)]
-        counts = [f"{cell:>{width}}" for cell, width in zip(row[3:], wide[3:])]
-        yield "  ".join(names + counts)
+        yield "  ".join(f"{cell:{width}}" for cell, width in zip(row, wide))
     tables = sum(next(iter(verdicts.values())).counts.values())
     yield f"the other {len(verdicts) + 1 - len(rows)}: fine on all {tables} tables"
 
@@ -1142,17 +1144,12 @@ class LeavesOnly(RefusingPages):
 
 LEAVES: Arrays = dict.fromkeys(ARRAYS, LeavesOnly)
 VARIANTS: dict[str, tuple[str, Walk, Caller, Arrays]] = {
-    "Linux": ("before; the caller clears", walk_before, LINUX_CALLERS["sync"], ARRAYS),
-    "before": ("05/12's base, after 04/12", walk_before, mmu_sync_children, ARRAYS),
-    "posted": ("05/12: clear, add", walk_posted, mmu_sync_children, ARRAYS),
-    "suggested": ("review: add, clear", __mmu_unsync_walk, mmu_sync_children, ARRAYS),
+    "Linux": ("before, caller clears", walk_before, LINUX_CALLERS["sync"], ARRAYS),
+    "before": ("04/12: stale bits stay", walk_before, mmu_sync_children, ARRAYS),
+    "posted": ("05/12: clear, then add", walk_posted, mmu_sync_children, ARRAYS),
+    "suggested": ("add, then clear", __mmu_unsync_walk, mmu_sync_children, ARRAYS),
     "check-first": ("full? add, clear", walk_check_first, mmu_sync_children, ARRAYS),
-    "no parents": (
-        "check-first, series' end",
-        walk_check_first,
-        mmu_sync_children,
-        LEAVES,
-    ),
+    "no parents": ("same, series' end", walk_check_first, mmu_sync_children, LEAVES),
 }
 
 # The levels of the root, and the addresses of which the page tables are unsync.
@@ -1178,17 +1175,18 @@ def costs(name: str) -> dict[str, Cost]:
 def answer_table(sptes: int) -> Iterator[str]:
     """Yield the lines of the table that answers the thread; `sptes` bounds its tables."""
     tables, found = list(small_tables(sptes)), costs("32 x 32")
-    yield f"On how many of the {len(tables)} tables of up to {sptes} SPTEs is a page lost, if an add"
-    yield "can fail (lost*) and with KVM's array (lost); or a bit cleared early, its page"
-    yield "not being in the array?  The rest is for a sync of 32 x 32 pages: looks at a"
-    yield "child, bits that the caller clears, walks that find something (batches)."
-    yield f"{'':38} lost* lost early  looks clears batches"
+    unsync = sum(bool(table.unsync) for table in tables)
+    yield f"Of {len(tables)} small tables (up to {sptes} SPTEs; {unsync} have an unsync page), how many keep a"
+    yield "page unsync for good: lost* if an add to a full array fails, lost with KVM's?"
+    yield "On how many is a bit cleared before its page is in the array (early)?  The cost"
+    yield "of 32 x 32 pages: looks at a child, clears by the caller, walks that find some."
+    yield f"{'':34}   lost* lost early  looks clears batches"
     for label, (what, walk, caller, arrays) in VARIANTS.items():
         verdicts = check(sptes, {label: walk}, {"": caller}, arrays, tables)
         kvm, refusing = verdicts[label, "KVM's", ""], verdicts[label, "refusing", ""]
         lost = f"{refusing.counts['lost']:6}{kvm.counts['lost']:5}{kvm.early:6}"
         looks, batches, clears = found[label]
-        yield f"{label:12}{what:26}{lost}{looks:7}{clears:7}{batches:8}"
+        yield f"{label:12}{what:24}{lost}{looks:7}{clears:7}{batches:8}"
 
 
 # ====================================================================== the demo
