@@ -28,11 +28,9 @@ https://lore.kernel.org/r/YtcLiNskPb8z%2F2Qc@google.com
 
 What KVM has (arch/x86/kvm/mmu/, Linux 5.19) keeps its name.  But __mmu_unsync_walk() is
 the review's here, and the callers are those that the patch expects; walk_before() and
-linux_caller() are what Linux has.  Helpers of the model stand below the walks.
-
-A call that is refused changes nothing.  It raises IndexError for an SPTE outside of 0 to
-511, OverflowError where KVM would write past its array, and ValueError for another bad
-value or where KVM would WARN.
+linux_caller() are what Linux has.  A refused call changes nothing.  It raises IndexError
+for an SPTE outside of 0 to 511, OverflowError where KVM would write past its array, and
+ValueError for another bad value or where KVM would WARN.
 """
 
 from __future__ import annotations
@@ -48,7 +46,7 @@ from operator import index as as_int
 from typing import Any, NamedTuple
 
 PG_LEVEL_4K, PG_LEVEL_2M, PG_LEVEL_1G, PT64_ROOT_MAX_LEVEL = 1, 2, 3, 5
-SPTE_LEVEL_BITS, SPTE_ENT_PER_PAGE = 9, 512  # PT64_... in 5.19
+PAGE_SHIFT, SPTE_LEVEL_BITS, SPTE_ENT_PER_PAGE = 12, 9, 512  # in part PT64_ in 5.19
 KVM_PAGE_ARRAY_NR = 16
 
 # ------------------------------------------------------------------ shadow pages
@@ -143,7 +141,7 @@ def clear_unsync_child_bit(sp: kvm_mmu_page, index: int) -> None:
 class kvm_mmu_pages:
     """The array that a walk fills: `sp` has the pages in order, `nr` is their number.
 
-    KVM's has room for 16; with a smaller `capacity` (1 or more) small tables fill it.
+    KVM's has room for 16; a smaller `capacity` (1 or more) fills up in small tables.
     """
 
     def __init__(self, capacity: int = KVM_PAGE_ARRAY_NR) -> None:
@@ -182,8 +180,8 @@ def __mmu_unsync_walk(sp: kvm_mmu_page, pvec: kvm_mmu_pages) -> int:
     """Add the unsync pages below `sp` to `pvec`, and clear the bits that led to them.
 
     Returns how often it came upon one, once for each SPTE that points at it, or -ENOSPC
-    because the array is full.  This is the C of YtcLiNskPb8z/2Qc@google.com,
-    which calls it __mmu_unsync_walk_and_clear(), as the end of the series does.
+    because the array is full.  The C is in YtcLiNskPb8z/2Qc@google.com, and is called
+    __mmu_unsync_walk_and_clear() there, as at the end of the series.
     """
     nr_unsync_leaf = 0
 
@@ -541,19 +539,19 @@ def shadow_page_at(root: kvm_mmu_page, gva: int) -> kvm_mmu_page:
     Missing pages are linked; their gfn labels the first address that they translate.
     `gva` is in bytes and has 12 + 9 * level bits, sign-extended to 64 with 4 or 5 levels.
     """
-    bits = 12 + SPTE_LEVEL_BITS * root.level
+    bits = PAGE_SHIFT + SPTE_LEVEL_BITS * root.level
     if root.level < 4:
         within(f"an address of {bits} bits", gva, 0, (1 << bits) - 1)
     elif not 0 <= (gva + (1 << bits - 1)) % (1 << 64) < 1 << bits or gva >> 64:
         raise ValueError(f"{gva:#x} is not canonical: its sign is to fill 64 bits")
     sp = root
     while sp.level > PG_LEVEL_4K:
-        shift = 12 + SPTE_LEVEL_BITS * (sp.level - 1)
+        shift = PAGE_SHIFT + SPTE_LEVEL_BITS * (sp.level - 1)
         i = gva >> shift & SPTE_ENT_PER_PAGE - 1
         if is_large_pte(sp.spt[i]):
             raise ValueError(f"{gva:#x} is in large SPTE {i} of {sp}: zap it first")
         if not is_shadow_present_pte(sp.spt[i]):
-            gfn = gva >> shift << shift - 12
+            gfn = gva >> shift << shift - PAGE_SHIFT
             link_shadow_page(sp, i, kvm_mmu_page(sp.level - 1, gfn))
         sp = to_shadow_page(sp.spt[i])
     return sp
@@ -676,7 +674,7 @@ def narrate(
 #     if there is one, and the caller settles them all (`returned`, `synced`).
 #  5. If an add returns true, -ENOSPC goes straight up, and no other add follows.  The
 #     array is full of unsync pages (`returned`, `gathered`).  The caller settles these,
-#     one at least, and is at 1 again.  So it `ends`, if the guest's writing does.
+#     one at least, and is at 1 again.  So it `ends`, once the guest stops writing.
 # `posted` is early at every unsync page, and relies on the add to mend that.  This is no
 # mistake by itself, so it is counted apart.
 
@@ -786,6 +784,10 @@ LINUX_CALLERS = {
     "zap": linux_caller(kvm_mmu_prepare_zap_page),
 }
 
+Row = tuple[int, ...]
+Rows = tuple[Row, ...]
+Outcome = tuple[set[str], bool]
+
 # What an SPTE of a Table holds, if not the number of a page.
 ABSENT, LARGE = -1, -2
 
@@ -854,10 +856,6 @@ class Table(NamedTuple):
         return "\n".join(chain(*(draw(root, names, drawn) for root in roots)))
 
 
-Row = tuple[int, ...]
-Rows = tuple[Row, ...]
-
-
 def small_tables(sptes: int) -> Iterator[Table]:
     """Yield every table of up to `sptes` SPTEs below a root of level 2, 3 or 4.
 
@@ -921,9 +919,6 @@ def all_tables(sptes: int) -> Iterator[Table]:
 
 class Broken(Exception):
     """A property does not hold, and there is no going on."""
-
-
-Outcome = tuple[set[str], bool]
 
 
 def trial(table: Table, walk: Walk, pvec: kvm_mmu_pages, caller: Caller) -> Outcome:
@@ -1035,9 +1030,7 @@ class Verdict:
         counts = ", ".join(f"{what} {count}" for what, count in self.counts.items())
         lines = [f"{sum(self.counts.values())} tables: {counts}"]
         for what, ((*_, size), table, broken) in self.smallest.items():
-            lines.append(
-                f"{what}: not {', '.join(broken)}; first with {size} entries, on"
-            )
+            lines.append(f"{what}: not {', '.join(broken)}; with {size} entries, on")
             lines.append(str(table))
         return "\n".join(lines)
 
@@ -1059,7 +1052,7 @@ def check(
     times as many; progress goes to stderr if that is a terminal.
     """
     within("the number of SPTEs", sptes, 1, sys.maxsize)
-    if not isinstance(walks, dict) or not all(map(callable, walks.values())):
+    if not (isinstance(walks, dict) and walks and all(map(callable, walks.values()))):
         raise TypeError(f"call check(3, {{'mine': my_walk}}), not with {walks!r}")
     verdicts = {key: Verdict() for key in product(walks, arrays, callers)}
     tables = list(tables or all_tables(sptes))
@@ -1152,7 +1145,7 @@ VARIANTS: dict[str, tuple[str, Walk, Caller, Arrays]] = {
     "no parents": ("same, series' end", walk_check_first, mmu_sync_children, LEAVES),
 }
 
-# The levels of the root, and the addresses of which the page tables are unsync.
+# The level of the root, and the addresses whose level-1 pages are unsync.
 COSTED: dict[str, tuple[int, list[int]]] = {
     "one page": (5, [0]),
     "sparse": (4, [i << 30 for i in range(24)]),
@@ -1212,7 +1205,7 @@ def demo_walk() -> Iterator[str]:
     for sp in more:
         kvm_unsync_page(sp)
     yield ""
-    yield f"Now the heap grows by {len(more)} page tables, all unsync."
+    yield f"Then the heap grows: {len(more)} more shadow pages, all unsync."
     for number in 1, 2:
         ret = mmu_unsync_walk(root, pvec)
         for sp in for_each_sp(pvec):
@@ -1390,7 +1383,7 @@ __test__ = {
     ... IndexError: link_shadow_page(middle, -1, leaf); link_shadow_page(middle, 512, leaf)
     ... OverflowError: mmu_pages_add(pvec, middle)
     ... TypeError: kvm_mmu_page(1.5); shadow_page_at(root, 0.5); mark_unsync(middle, 0.5)
-    ... TypeError: check("4"); check(3, walk_posted); check(3, {"mine": "posted"})
+    ... TypeError: check("4"); check(3, {}); check(3, walk_posted); check(3, {"w": "posted"})
     ... TypeError: mmu_unsync_walk(root, pvec, "posted")
     ... AttributeError: link_shadow_page(middle, 1, None); mmu_unsync_walk("root", pvec)
     ... AttributeError: mmu_pages_add(pvec, "leaf"); setattr(leaf, "unsynced", True)
