@@ -1331,8 +1331,8 @@ def check(
     Each runs with each of `callers` and `arrays`.  `tables` may be given instead.  With
     each SPTE more there are some six times as many; a terminal is told how far it is.
     """
-    for given in walks, callers, arrays:
-        meant = isinstance(given, dict) and given and not isinstance(sptes, dict)
+    for given in [sptes] if isinstance(sptes, dict) else [walks, callers, arrays]:
+        meant = isinstance(given, dict) and given is not sptes and given
         if not (meant and all(map(callable, given.values()))):
             raise TypeError(f"call check(3, {{'mine': my_walk}}), not with {given!r}")
     within("the number of SPTEs", sptes, 1, sys.maxsize)
@@ -1516,7 +1516,7 @@ def main() -> int:
 
     parser = argparse.ArgumentParser(
         description="Show KVM's unsync walk, and what answers its patch thread.",
-        usage="unsync_walk.py [--walk NAME | --check [SPTES] | --judge FILE:NAME]",
+        usage="unsync_walk.py [--walk NAME | --check [N] | --judge FILE:NAME] [--array A]",
     )
     add = parser.add_argument
     add("--walk", choices=[*VARIANTS], help="tell its steps, as in: --walk posted")
