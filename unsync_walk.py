@@ -1331,8 +1331,9 @@ def check(
     Each runs with each of `callers` and `arrays`.  `tables` may be given instead.  With
     each SPTE more there are some six times as many; a terminal is told how far it is.
     """
+    given: Any
     for given in [sptes] if isinstance(sptes, dict) else [walks, callers, arrays]:
-        meant = isinstance(given, dict) and given is not sptes and given
+        meant = isinstance(given, dict) and given and given is not sptes
         if not (meant and all(map(callable, given.values()))):
             raise TypeError(f"call check(3, {{'mine': my_walk}}), not with {given!r}")
     within("the number of SPTEs", sptes, 1, sys.maxsize)
@@ -1422,8 +1423,18 @@ def answer_table(sptes: int = 2) -> str:
     tables, price = [*small_tables(sptes)], costs("32 x 32")
     unsync = sum(bool(table.unsync) for table in tables)
     rows: list[list[object]] = [
-        ["", "order", "gathers", "lost if", "", "", "", "", ""],
-        ["", "", "parents", "refused", "lost", "early", "looks", "clears", "batches"],
+        ["", "", "stores", "lost if", "with", "", "", "", ""],
+        [
+            "",
+            "order",
+            "parents",
+            "refused",
+            "KVM's",
+            "early",
+            "looks",
+            "clears",
+            "batches",
+        ],
     ]
     for label, (what, walk, caller) in VARIANTS.items():
         found = check(sptes, {label: walk}, {"": caller}, tables=tables)
@@ -1433,11 +1444,11 @@ def answer_table(sptes: int = 2) -> str:
         looks, batches, clears = price[label]
         rows.append([label, what, parents, *lost, looks, clears, batches])
     return f"""\
-lost: how many of {len(tables)} tables (up to {sptes} SPTEs, {unsync} with unsync pages) lose one if an
-  add to a full array is refused, and with KVM's add; arrays of all sizes
+Of {len(tables)} tables of at most {sptes} SPTEs, {unsync} of them with unsync pages, how many lose a
+page if a full array refuses an add, and with KVM's array; both of any size?
 early: on how many is a bit cleared before the page behind it is stored?  (Under
-  mmu_lock no other walk sees it.)  A sync of 32 x 32 pages: looks at a child,
-  clears by the caller, and batches, which are walks that return non-zero.
+mmu_lock no other walk sees it.)  To sync 32 x 32 pages takes: looks at a child,
+clears by the caller, and batches, which are walks that return non-zero.
 {columns(rows)}"""
 
 
@@ -1852,7 +1863,9 @@ def test_readme() -> None:
     assert wrong == {("posted", "refusing"), ("series-end", "refusing")}
     assert not any(v.early for key, v in verdicts.items() if key[0] == "suggested")
     unsync = sum(bool(table.unsync) for table in small_tables(3))
+    careless = verdicts["suggested", "KVM's", "careless"].small
     assert verdicts["posted", "KVM's", "careless"].small["lost"] == unsync
+    assert f"on {careless['lost']}, and spins on {careless['spin']}" in words
     assert f"each of {unsync} small tables" in words
     assert str(verdicts).endswith("24 of 40: fine on all 298 tables")
     verdict = verdicts["posted", "refusing", "sync"]
