@@ -662,9 +662,9 @@ def trace(what: str, sp: kvm_mmu_page | None, detail: Any = None) -> None:
 class Run:
     """A walk, recorded: in `with run:`, hand it to a caller in place of the walk.
 
-    `steps` has what was done, whether by the walk, and a detail.  If `pages` are given,
-    `lines` tells it, and `lost` has those of them that are unsync, but neither in the
-    array nor behind set bits, each with the line after which it was so.
+    `steps` has what was done, whether by the walk, and at which index, with which array
+    or result.  If `pages` are given, `lines` tells it, and `lost` has those that are
+    unsync, but neither in the array nor behind set bits, and since which line.
     """
 
     def __init__(self, walk: Walk, pvec: kvm_mmu_pages, names: Names, pages: Pages):
@@ -717,11 +717,12 @@ class Run:
             full = what == "add" and mmu_is_page_vec_full(detail)
             text += f" of {detail.capacity}{', the array is full now' * full}"
             what = "add"
-        elif what == "return":
-            text = "-ENOSPC" if detail == -ENOSPC else f"{detail}"
+        elif what in ("return", "done"):
+            text = {-ENOSPC: "-ENOSPC", -EINTR: "-EINTR"}.get(detail, str(detail))
+            text = text if what == "return" or detail == -EINTR else ""
         elif what == "set":
             text = f"[{detail}] of {text}: {described(sp.spt[detail], self.names)}"
-        return f"{'  ' * depth}{what:6} {text}"
+        return f"{'  ' * depth}{what:6} {text}".rstrip()
 
     def __str__(self) -> str:
         lines = [*self.lines]
@@ -743,7 +744,8 @@ def blame(error: BaseException) -> str:
     stack = traceback.extract_tb(error.__traceback__)
     ours = [frame for frame in stack if frame.filename != __file__]
     where = f" (line {ours[-1].lineno}: {ours[-1].line})" if ours else ""
-    return f"{type(error).__name__}: {error}{where}"
+    said = traceback.format_exception_only(type(error), error)[-1].splitlines()[0]
+    return f"{said}{where}"
 
 
 def narrate(
@@ -764,7 +766,8 @@ def narrate(
     try:
         with run:
             ret = (caller or mmu_unsync_walk)(root, pvec, run)
-        run.lines += ["done"] if caller else [] if run.steps else [f"return {ret}"]
+        if caller or not run.steps:
+            run.lines += [run.told("done" if caller else "return", root, ret)]
     except (Exception, SystemExit) as error:
         if not (run.steps and blame(error)):
             raise
@@ -831,23 +834,25 @@ def gathered(pvec: kvm_mmu_pages, reached: Pages, parents: bool) -> str:
         return "gathered: pages above level 1; mark the walk by @gathers_parents"
     if not reached.issuperset(pvec.sp):
         return "gathered: a page to which no set bits led"
-    if len({sp for sp in leaves if sp.unsync}) < len(leaves):
-        return "gathered: a page that is in sync, or is there already"
+    if not all(sp.unsync for sp in leaves):
+        return "gathered: a page that is in sync"
+    if len({*leaves}) < len(leaves):
+        return "gathered: a page twice"
     return ""
 
 
-def returned(ret: object, pvec: kvm_mmu_pages, unsync: Pages, ways: int) -> str:
-    """It returns an int: 0, if nothing was `unsync`; -ENOSPC, if the array is full; or,
-    if all that was unsync is stored, how many, or up to the number of `ways` there.
+def returned(ret: int, pvec: kvm_mmu_pages, unsync: Pages, ways: int) -> str:
+    """It returns -ENOSPC, if the array is full; or, having stored all that was `unsync`,
+    how many: a page counts once, or once for each of the `ways` to it.
     """
-    if isinstance(ret, bool) or not isinstance(ret, int):
-        return f"returned: {ret!r}, which is not an int"
     if ret == -ENOSPC and not mmu_is_page_vec_full(pvec):
         return f"returned: -ENOSPC, with {pvec.nr} of {pvec.capacity} entries used"
     if ret >= 0 and not unsync.issubset(pvec.sp):
         return f"returned: {ret}, but not all that is unsync is in the array"
     if ret != -ENOSPC and not len(unsync) <= ret <= ways:
-        return f"returned: {ret}, for {len(unsync)} unsync pages and {ways} ways there"
+        return (
+            f"returned: {ret}, with {len(unsync)} unsync pages, and {ways} ways to them"
+        )
     return ""
 
 
@@ -917,7 +922,7 @@ class Table(NamedTuple):
     (page, index, what it holds, 0) for others; `unsync` the unsync pages.  In `turns`,
     () is a caller's, with each page that has no parent; (page,) a write by the guest;
     (page, index, what it holds) a new SPTE.  `again` is written at the second walk of
-    each caller's turn.  `size` is the array's, or 0: all, up to one that never fills.
+    each caller's turn.  `size` is the array's, or 0: all, till one does not fill up.
 
     >>> twice = (3000, 0, 2000), (3000, 1, 2000)
     >>> print(Table((*twice, (2000, 0, 1000), (2000, 1, ABSENT), (2000, 2, LARGE, 0))))
@@ -936,7 +941,7 @@ class Table(NamedTuple):
     size: int = 0
 
     def build(self) -> dict[int, kvm_mmu_page]:
-        """Return the table as new pages, by number; two at a time have the same gfn."""
+        """Return new pages, by number; no walk may know a page by its gfn: two share it."""
         rows = {*chain(*self.sptes, *self.turns, self.unsync, self.again)}
         gfns = {number: number % 1000 // 2 * (1 << 33 | 1) for number in sorted(rows)}
         pages = {n: kvm_mmu_page(n // 1000, gfns[n]) for n in gfns if n >= 1000}
@@ -1036,7 +1041,7 @@ SEED = 33
 
 
 def simpler(table: Table) -> Iterator[Table]:
-    """Yield tables that are a little less than `table`, those with much less first."""
+    """Yield tables that lack something of `table`, those that lack much first."""
     if len(table.turns) > 1:
         leaves = {ent for _, _, ent, *_ in table.sptes if 0 < ent < 2000}
         yield Table(table.sptes, (*leaves,), size=table.size)
@@ -1066,25 +1071,27 @@ class Broken(BaseException):
 class Trial(Run):
     """A walk, judged as it runs on a table of the size in it, by a caller.
 
-    `outcome` is "fine"; or "lost", if a page stays unsync for good; or "spin", if walk or
-    caller never ends; or "else", if another promise is broken.  `why` says more, and
-    begins with the `name` of the promise; `end` is the line after which it was broken.
+    `outcome` is "fine"; or "lost", if a page stays unsync for good; or "spin", if the walk
+    goes on and on, or the caller; or "else", if another promise is broken.  `why` says
+    more, after the `name` of the promise; `end` is the line after which it was so.
     """
 
     def __init__(
         self, table: Table, walk: Walk, array: Any, caller: Caller, told: bool = False
     ) -> None:
-        self.table, self.caller, self.numbered = table, caller, table.build()
-        self.built = [*self.numbered.values()]
-        names = {sp: f"page {number}" for number, sp in self.numbered.items()}
-        super().__init__(walk, array(table.size), names, {*self.built * told})
+        self.table, self.caller = table, caller
+        super().__init__(walk, array(table.size), {}, set())
         self.outcome, self.name, self.why, self.end = "fine", "", "", 0
         self.early = self.filled = False
         self.batch: list[kvm_mmu_page] = []
-        self.walks = self.settled = self.idle = self.ticks = 0
-        self.left = self.bound = sys.maxsize
+        self.walks = self.stored = self.idle = 0
+        self.ticks, self.left, self.bound = 0.0, sys.maxsize, float("inf")
         with suppress(Broken), self:
             try:
+                self.numbered = table.build()
+                self.built = [*self.numbered.values()]
+                self.names = {sp: f"page {n}" for n, sp in self.numbered.items()}
+                self.pages = {*self.built * told}
                 for turn in table.turns:
                     self.take(*turn)
             except (Exception, SystemExit) as error:
@@ -1113,26 +1120,28 @@ class Trial(Run):
         elif self.numbered[turn[0]].parent_ptes:
             kvm_unsync_page(self.numbered[turn[0]])
             self.see("write", self.numbered[turn[0]])
-            self.left = sys.maxsize
 
     def call(self, root: kvm_mmu_page) -> None:
         """Let the caller deal with `root`; one that says -EINTR is called again."""
-        self.walks = self.settled = self.idle = 0
+        self.walks = self.stored = self.idle = 0
         self.batch, self.left, marked = [], sys.maxsize, root.unsync_children
         for calls in count(1):
             ret = self.caller(root, self.pvec, self)
+            self.see("done", root, ret)
             self.expect(settled(self.batch))
             if ret != -EINTR:
                 break
-            if calls > self.walks:
+            if calls > self.walks + 1:
                 self.expect("spin: the caller returns -EINTR for ever")
         for sp in self.built:
             if sp.unsync and sp in below(root):
                 self.expect(f"lost: {self.names[sp]} stays unsync for good")
         if marked and not self.walks:
             self.expect("settled: the caller does not call the walk that it is given")
-        if type(ret) is int and ret > self.settled:
-            self.expect(f"settled: the caller counts {ret} pages, not {self.settled}")
+        if type(ret) is int and ret > self.stored:
+            self.expect(
+                f"settled: the caller counts {ret} pages, of {self.stored} stored"
+            )
         self.expect(findable(self.built, self.names) or counted(self.built))
 
     def __call__(self, root: kvm_mmu_page, pvec: kvm_mmu_pages) -> int:
@@ -1150,9 +1159,15 @@ class Trial(Run):
         self.left, self.bound = left, self.ticks + 1000 + 20 * steps
         if self.idle > 1:
             self.expect("spin: the walks find something for ever")
-        ret = super().__call__(root, pvec)
-        self.bound = sys.maxsize
-        self.filled = self.filled or mmu_is_page_vec_full(pvec)
+        try:
+            ret = super().__call__(root, pvec)
+        finally:
+            self.bound, self.filled = (
+                float("inf"),
+                self.filled or mmu_is_page_vec_full(pvec),
+            )
+        if isinstance(ret, bool) or not isinstance(ret, int):
+            raise TypeError(f"a walk must return an int, not {ret!r}")
         for sp, bits, nr in old:
             if sp.unsync_child_bitmap & ~bits or sp.unsync_children > nr:
                 self.expect("untouched: the walk sets a bit, or counts up")
@@ -1161,6 +1176,7 @@ class Trial(Run):
         self.expect(counted(self.built) or returned(ret, pvec, unsync, ways))
         self.expect(gathered(pvec, {*known}, self.gathers_parents))
         self.batch = for_each_sp(pvec)
+        self.stored += len(self.batch)
         return ret
 
     def rest(self, pvec: kvm_mmu_pages) -> list[object]:
@@ -1171,18 +1187,13 @@ class Trial(Run):
         ]
 
     def see(self, what: str, sp: Any, detail: Any = None) -> None:
-        self.ticks += 1
+        self.ticks += 0.02 if what == "read" else 1
         if self.ticks > self.bound:
             self.expect("spin: the walk goes on for ever")
         if what == "read":
             return
-        # What it takes to tell this is not the walk's.
-        ticks, bound, self.bound = self.ticks, self.bound, sys.maxsize
         super().see(what, sp, detail)
-        self.ticks, self.bound = ticks, bound
-        if what in ("sync", "zap"):
-            self.settled += sp.unsync
-        elif what == "overrun" and detail is self.pvec:
+        if what == "overrun" and detail is self.pvec:
             self.expect("gathered: an add to a full array; KVM writes past its end")
         elif what == "clear" and self.walking:
             ent = list.__getitem__(sp.spt, detail)
@@ -1205,9 +1216,9 @@ def ways_from(sp: kvm_mmu_page, known: dict[kvm_mmu_page, Row]) -> Row:
 class Verdict:
     """What the tables came to, with one walk, array and caller.
 
-    `small` and `random` count them by outcome, `counts` both: a table counts once, by
+    `small` and `random` count them by outcome, `counts` both.  A small table counts by
     the worst that came of any size of the array.  `smallest` has a table an outcome, as
-    it was found; `case(outcome)` has it as small as can be, and that is printed.
+    it was found; `case(outcome)` makes it smaller, and that is printed.
     `early`: on how many a bit was cleared before its page was in the array.  No one can
     see that, as mmu_lock is held, and it is no fault.
     """
@@ -1227,9 +1238,11 @@ class Verdict:
     def count(self, table: Table, alike: dict[int, Trial]) -> None:
         """Take in what comes of `table`; `alike` has trials that filled no array."""
         gathers = getattr(self.walk, "gathers_parents", False)
-        least = max(row[0] for row in table.sptes) // 1000 if gathers else 1
+        least = max([row[0] for row in table.sptes] * gathers, default=1000) // 1000
+        # In an array of more than there are SPTEs and a root, there is room for all.
+        sizes = range(least, least + len(table.sptes) + 2)
         trials: list[Trial] = []
-        for size in [max(least, table.size)] if table.size else count(least):
+        for size in [max(least, table.size)] if table.size else sizes:
             trials += [alike.get(size) or self.trial(table._replace(size=size))]
             if not trials[-1].filled:
                 alike[size] = trials[-1]
@@ -1273,7 +1286,7 @@ class Verdict:
         why = (
             trial.why
             if trial.outcome == outcome
-            else f"{outcome}, but not again: it remembers"
+            else f"{outcome}, but not again: something is remembered"
         )
         head = f"{why}.  An array of {trial.table.size}, on"
         table = shortened(table, most // 2, "lines")
@@ -1328,8 +1341,9 @@ def check(
 ) -> Verdicts:
     """Judge `walks`, by label, on every table of up to `sptes` SPTEs, and random ones.
 
-    Each runs with each of `callers` and `arrays`.  `tables` may be given instead.  With
-    each SPTE more there are some six times as many; a terminal is told how far it is.
+    Each runs with each of `callers` (an int that one returns is how many pages it settled)
+    and `arrays`.  `tables` may be given instead.  With each SPTE more there are some six
+    times as many; a terminal is told how far it is.
     """
     given: Any
     for given in [sptes] if isinstance(sptes, dict) else [walks, callers, arrays]:
@@ -1475,10 +1489,12 @@ def demo() -> str:
     tree, pvec = draw(root, names), kvm_mmu_pages()
     steps = narrate(root, pvec, names)
     refused, kvm = (
-        str(Trial(REVIEWED, walk_posted, array, mmu_sync_children, told=True))
+        str(
+            Trial(REVIEWED, walk_posted, array, mmu_sync_children, told=True)
+        ).splitlines()
         for array in (RefusingPages, kvm_mmu_pages)
     )
-    first = "\n".join(kvm.splitlines()[:7])
+    newline = "\n"
     return f"""\
 A guest has written the page tables of its data and heap, and flushes its TLB.
 [i] is SPTE i of a shadow page; [i*] has its bit set: behind it there may be an
@@ -1490,9 +1506,9 @@ The caller must sync or zap all that is in the array: {", ".join(names[sp] for s
 The review (YtcLiNskPb8z/2Qc@google.com) asks of 05/12, which clears a bit and
 then adds the page: what if the add fails?  Take root 2000, two unsync pages
 1000 and 1001, and an array of 2, the root first.  If a full array refused adds:
-{refused}
+{newline.join(refused[:-1])}
 But KVM's array stores a page, and then says if it is full.  So the walk ends:
-{first}
+{newline.join(kvm[:7])}
 The next walk finds page 1001, whose bit is set.
 
 {answer_table()}
@@ -1504,6 +1520,8 @@ def judge(where: str, arrays: Arrays) -> tuple[int, str]:
     import runpy
 
     path, _, name = where.rpartition(":")
+    if not path:
+        return 2, f"no walk at {where!r}: give FILE:NAME"
     sys.modules.setdefault("unsync_walk", sys.modules[__name__])
     try:
         walk = runpy.run_path(path, run_name="judged")[name]
@@ -1513,8 +1531,13 @@ def judge(where: str, arrays: Arrays) -> tuple[int, str]:
         return 2, f"no walk at {where}: {walk!r} is no function"
     callers = {label: CALLERS[label] for label in CALLERS if label != "careless"}
     found = check(3, {name: walk}, callers, arrays)
-    wrong = [verdict for verdict in found.values() if verdict.smallest]
-    return bool(wrong), "\n".join(map(str, [found, *wrong[:1]]))
+    worst = max(
+        found.values(), key=lambda v: max(map(OUTCOMES.index, v.smallest), default=0)
+    )
+    if not worst.smallest:
+        return 0, str(found)
+    label = ", ".join(next(key for key in found if found[key] is worst))
+    return 1, f"{found}\n\n{label}: {worst}"
 
 
 def main() -> int:
@@ -1529,18 +1552,18 @@ def main() -> int:
         description="Show KVM's unsync walk, and what answers its patch thread.",
         usage="unsync_walk.py [--walk NAME | --check [N] | --judge FILE:NAME] [--array A]",
     )
-    add = parser.add_argument
+    add = parser.add_mutually_exclusive_group().add_argument
     add("--walk", choices=[*VARIANTS], help="tell its steps, as in: --walk posted")
     about = "judge the thread's walks, on all tables of up to 3 SPTEs (or --check 4: "
     about += "each more takes some six times as long), and on random ones"
     add("--check", nargs="?", type=int, const=3, choices=range(1, 7), help=about)
     add("--judge", metavar="FILE:NAME", help="judge your walk: --judge mine.py:walk")
     about = "with KVM's array alone, or one that refuses adds when it is full"
-    add("--array", choices=["kvm", "refusing"], help=about)
+    parser.add_argument("--array", choices=["kvm", "refusing"], help=about)
     given = parser.parse_args()
     arrays = {k: ARRAYS[k] for k in ARRAYS if k.lower().startswith(given.array or "")}
     status, text = 0, ""
-    if given.judge:
+    if given.judge is not None:
         status, text = judge(given.judge, arrays)
     elif given.walk:
         (root, names), (_, walk, caller) = process(), VARIANTS[given.walk]
@@ -1752,6 +1775,7 @@ walk   level 2, page 2000, unsync_children 2
   look   level 1, page 1001, in sync
   clear  [1] of page 2000: 0 left
 return 0
+done
 """
     )
 
@@ -1789,17 +1813,20 @@ def test_walk_faults() -> None:
         ("gathered: 3 pages", lambda sp, a, ret: a.sp.extend([*a.sp] * 2)),
         ("gathered: pages above", lambda sp, a, ret: a.sp.__setitem__(0, sp)),
         ("gathered: a page to", lambda sp, a, ret: a.sp.__setitem__(0, kvm_mmu_page(1))),
-        ("gathered: a page that", lambda sp, a, ret: a.sp.extend(a.sp * (ret > 0))),
+        ("gathered: a page twice", lambda sp, a, ret: a.sp.extend(a.sp * (ret > 0))),
         ("gathered: an add", overrun),
-        ("returned: True, which", lambda sp, a, ret: True),
+        ("TypeError: a walk must return an int, not True", lambda sp, a, ret: True),
         ("returned: -ENOSPC, with 0", lambda sp, a, ret: -ENOSPC),
-        ("returned: 3, for 1", lambda sp, a, ret: (ret > 0) * 3),
+        ("returned: 3, with 1 unsync", lambda sp, a, ret: (ret > 0) * 3),
         ("spin: the walk goes on", endless),
         ("AttributeError: 'kvm_mmu_page' object", lambda sp, a, ret: sp.nothing),
     ]  # fmt: skip
     for name, deed in deeds:
         assert f"\n{name}" in judged(after(deed)), name
     root, pvec = REVIEWED.build()[2000], kvm_mmu_pages()
+    leaf = kvm_mmu_page(1)
+    pvec.store(leaf)
+    assert gathered(pvec, {leaf}, parents=False) == "gathered: a page that is in sync"
     told = narrate(root, pvec, walk=after(deeds[-1][1])).splitlines()
     assert told[-1].startswith("raise  AttributeError: 'kvm_mmu_page'")
     assert narrate(root, pvec, walk=after(overrun)) == "return 0"
@@ -1913,7 +1940,9 @@ def test_shell() -> None:
     assert told.isascii() and told.count("<-- page 1001 is lost") == 1
     status, told = shell("--walk", "posted", "--array", "refusing")
     assert status == 0 and told.count("<-- page 1001 is lost") == 1 and "text" in told
-    assert told.endswith("sync   page 1000\nlost: page 1001 stays unsync for good\n")
+    assert told.endswith(
+        "sync   page 1000\ndone\nlost: page 1001 stays unsync for good\n"
+    )
     assert shell("--check", "0")[0] == 2 == shell("--walk", "x")[0]
     with mock.patch("sys.stderr", io.StringIO()) as err:
         err.isatty = lambda: True  # type: ignore[method-assign]
