@@ -26,8 +26,8 @@ to the array.  Its review (YtcLiNskPb8z/2Qc@google.com) asked: what if the add f
 
 What KVM has (arch/x86/kvm/mmu/, Linux 5.19) keeps its name: `sp`, a shadow page; `ent`,
 an SPTE; `i`, `idx` or `index`, its place; `pvec`, an array.  But __mmu_unsync_walk() is
-the review's __mmu_unsync_walk_and_clear(), with callers to fit; Linux's are walk_before()
-and linux_caller().  A bad argument changes nothing, and raises IndexError (an SPTE
+the review's __mmu_unsync_walk_and_clear(), and its callers fit it; walk_before() and
+linux_caller() are Linux's.  A bad argument changes nothing, and raises IndexError (an SPTE
 outside 0..511), OverflowError (KVM would write past its array) or ValueError (KVM would
 WARN, or not check; of a clear bit that is cleared it says nothing, and loses count).
 """
@@ -205,7 +205,7 @@ def __mmu_unsync_walk(sp: kvm_mmu_page, pvec: kvm_mmu_pages) -> int:
                 nr_unsync_leaf += 1
 
         # All that is unsync behind this bit is in the array by now, or nothing was: the
-        # bit was stale.  Before the caller drops mmu_lock it must sync or zap all in the
+        # bit was stale.  Before the caller drops mmu_lock it must sync or zap all of the
         # array, *even on error*; and it can, as a sync that fails zaps the page.
         clear_unsync_child_bit(sp, i)
 
@@ -262,8 +262,8 @@ def mmu_page_zap_pte(parent: kvm_mmu_page, index: int) -> None:
 def kvm_sync_page(sp: kvm_mmu_page) -> None:
     """Sync `sp`, which must be unsync; then it is not.
 
-    5.19's leaves `unsync` to kvm_unlink_unsync_page(), which its callers call before; or
-    do not, as kvm_mmu_get_page(), which syncs in passing.
+    5.19's leaves `unsync` to kvm_unlink_unsync_page(), which callers call before; but not
+    kvm_mmu_get_page(), which syncs in passing.
     """
     if sp.level > PG_LEVEL_4K:
         raise ValueError(f"{sp} is a gathered parent: sync what for_each_sp() gives")
@@ -782,12 +782,12 @@ def narrate(
 #     one else marks, links or zaps.
 #  2. Before a walk all pages are safe (findable), and what has unsync children has its
 #     bit set in each parent (test_history): so marking may stop at a page with others.
-#  3. A look changes nothing, an add can only help, a clear can harm what is behind it.
+#  3. A look changes nothing (untouched), an add helps, a clear can harm what is behind.
 #  4. It is never early (README): behind a bit that it clears is no page; or one in sync
 #     without unsync children; or one that is stored; or one whose walk returned 0 or
 #     more, so that (5, a level below) none of its bits is set.
 #  5. If it returns 0 or more it has cleared all bits of its page.  So, from the root,
-#     all that is unsync is stored; and as each page stored counts, 0 says none is.
+#     all that is unsync is stored; as each page stored counts, 0 says none (returned).
 #  6. -ENOSPC goes straight up.  Then the array is full (returned) of unsync pages
 #     (gathered), and the caller settles them (settled): each walk leaves fewer.
 #
@@ -797,7 +797,8 @@ def narrate(
 def findable(pages: Iterable[kvm_mmu_page], names: Names) -> str:
     """An unsync page has its bit set in every parent, these in theirs, and so on.
 
-    This must hold whenever mmu_lock is free, so between two walks.
+    This must hold whenever mmu_lock is free, so between two walks.  (INVLPG, too, goes
+    by these bits: a lost one harms more than a flush.)
     """
     todo = [sp for sp in pages if sp.unsync]
     for sp in todo:
@@ -842,17 +843,15 @@ def gathered(pvec: kvm_mmu_pages, reached: Pages, parents: bool) -> str:
 
 
 def returned(ret: int, pvec: kvm_mmu_pages, unsync: Pages, ways: int) -> str:
-    """It returns -ENOSPC, if the array is full; or, having stored all that was `unsync`,
-    how many: a page counts once, or once for each of the `ways` to it.
+    """It returns -ENOSPC, if the array is full; or how many, having stored all that was
+    `unsync`: a page counts once, or once for each of the `ways` to it.
     """
     if ret == -ENOSPC and not mmu_is_page_vec_full(pvec):
         return f"returned: -ENOSPC, with {pvec.nr} of {pvec.capacity} entries used"
     if ret >= 0 and not unsync.issubset(pvec.sp):
         return f"returned: {ret}, but not all that is unsync is in the array"
     if ret != -ENOSPC and not len(unsync) <= ret <= ways:
-        return (
-            f"returned: {ret}, with {len(unsync)} unsync pages, and {ways} ways to them"
-        )
+        return f"returned: {ret}, with {len(unsync)} unsync pages, {ways} ways to them"
     return ""
 
 
@@ -924,14 +923,16 @@ class Table(NamedTuple):
     (page, index, what it holds) a new SPTE.  `again` is written at the second walk of
     each caller's turn.  `size` is the array's, or 0: all, till one does not fill up.
 
-    >>> twice = (3000, 0, 2000), (3000, 1, 2000)
-    >>> print(Table((*twice, (2000, 0, 1000), (2000, 1, ABSENT), (2000, 2, LARGE, 0))))
+    >>> twice, other = ((3000, 0, 2000), (3000, 1, 2000)), (2001, 9, 1000, 0)
+    >>> print(Table((*twice, (2000, 0, 1000), (2000, 1, ABSENT), (2000, 2, LARGE, 0), other)))
     level 3, page 3000, unsync_children 2
     |-[0*] level 2, page 2000, unsync_children 2
     | |-[0*] level 1, page 1000, in sync
     | |-[1*] not present
     | `-[2 ] large
     `-[1*] level 2, page 2000, unsync_children 2, as above
+    level 2, page 2001, unsync_children 0
+    `-[9 ] level 1, page 1000, in sync
     """
 
     sptes: Rows
@@ -941,9 +942,12 @@ class Table(NamedTuple):
     size: int = 0
 
     def build(self) -> dict[int, kvm_mmu_page]:
-        """Return new pages, by number; no walk may know a page by its gfn: two share it."""
+        """Return new pages, by number.  Two share a gfn: it is not to tell them apart."""
         rows = {*chain(*self.sptes, *self.turns, self.unsync, self.again)}
-        gfns = {number: number % 1000 // 2 * (1 << 33 | 1) for number in sorted(rows)}
+        gfns = {
+            number: number % 1000 // 2 * (1 << 33 | 1)
+            for number in sorted(rows, reverse=True)
+        }
         pages = {n: kvm_mmu_page(n // 1000, gfns[n]) for n in gfns if n >= 1000}
         for page, i, ent, *_ in self.sptes:
             if ent != ABSENT:
@@ -958,7 +962,7 @@ class Table(NamedTuple):
     def __str__(self) -> str:
         names = {sp: f"page {number}" for number, sp in self.build().items()}
         roots, seen = [sp for sp in names if sp.spt and not sp.parent_ptes], Pages()
-        return "\n".join(draw(root, names, seen) for root in roots[::-1])
+        return "\n".join(draw(root, names, seen) for root in roots)
 
 
 def set_spte(pages: dict[int, kvm_mmu_page], page: int, index: int, ent: int) -> None:
@@ -1043,8 +1047,13 @@ SEED = 33
 def simpler(table: Table) -> Iterator[Table]:
     """Yield tables that lack something of `table`, those that lack much first."""
     if len(table.turns) > 1:
-        leaves = {ent for _, _, ent, *_ in table.sptes if 0 < ent < 2000}
-        yield Table(table.sptes, (*leaves,), size=table.size)
+        # All that comes later, at first.
+        sptes = (
+            *table.sptes,
+            *(turn for turn in table.turns if max(turn[2:], default=0) > 0),
+        )
+        leaves = sorted({ent for _, _, ent, *_ in sptes if 0 < ent < 2000})
+        yield Table(sptes, (*leaves,), size=table.size)
     for field in "turns", "again", "sptes", "unsync":
         rows = getattr(table, field)
         for size in [len(rows) >> k for k in range(len(rows).bit_length())]:
@@ -1071,9 +1080,9 @@ class Broken(BaseException):
 class Trial(Run):
     """A walk, judged as it runs on a table of the size in it, by a caller.
 
-    `outcome` is "fine"; or "lost", if a page stays unsync for good; or "spin", if the walk
-    goes on and on, or the caller; or "else", if another promise is broken.  `why` says
-    more, after the `name` of the promise; `end` is the line after which it was so.
+    `outcome` is "fine"; or "lost", if a page stays unsync for good; or "spin", if walk or
+    caller go on and on; or "else", if another promise is broken.  `why` says more, after
+    the `name` of the promise; `end` is the line after which it was so.
     """
 
     def __init__(
@@ -1341,9 +1350,9 @@ def check(
 ) -> Verdicts:
     """Judge `walks`, by label, on every table of up to `sptes` SPTEs, and random ones.
 
-    Each runs with each of `callers` (an int that one returns is how many pages it settled)
-    and `arrays`.  `tables` may be given instead.  With each SPTE more there are some six
-    times as many; a terminal is told how far it is.
+    Each runs with each of `callers` (an int that one returns is how many pages it has
+    settled) and `arrays`.  `tables` may be given instead.  With each SPTE more there are
+    some six times as many; a terminal is told how far it is.
     """
     given: Any
     for given in [sptes] if isinstance(sptes, dict) else [walks, callers, arrays]:
@@ -1501,7 +1510,7 @@ A guest has written the page tables of its data and heap, and flushes its TLB.
 unsync page.  The review's walk, __mmu_unsync_walk() here, follows these bits:
 {tree}
 {steps}
-The caller must sync or zap all that is in the array: {", ".join(names[sp] for sp in pvec.sp)}.
+The caller must sync or zap all in the array: {", ".join(names[sp] for sp in pvec.sp)}.
 
 The review (YtcLiNskPb8z/2Qc@google.com) asks of 05/12, which clears a bit and
 then adds the page: what if the add fails?  Take root 2000, two unsync pages
@@ -1550,7 +1559,7 @@ def main() -> int:
 
     parser = argparse.ArgumentParser(
         description="Show KVM's unsync walk, and what answers its patch thread.",
-        usage="unsync_walk.py [--walk NAME | --check [N] | --judge FILE:NAME] [--array A]",
+        usage="unsync_walk.py [--walk NAME | --check N | --judge FILE:NAME] [--array A]",
     )
     add = parser.add_mutually_exclusive_group().add_argument
     add("--walk", choices=[*VARIANTS], help="tell its steps, as in: --walk posted")
@@ -1604,6 +1613,13 @@ def load_tests(loader: object, tests: object, pattern: object) -> object:
     return suite
 
 
+def crc(text: str) -> int:
+    """Return a number for what is to be the same on every Python, and on every run."""
+    import zlib
+
+    return zlib.crc32(text.encode())
+
+
 def refused(error: type[Exception], calls: list[Any]) -> bool:
     """Whether each of `calls`, a function and arguments, raises `error`."""
     for call, *arguments in calls:
@@ -1622,6 +1638,8 @@ def test_refusals() -> None:
     set_large_spte(middle, 8)
     pvec, edge, w = kvm_mmu_pages(capacity=1), 1 << 47, walk_posted
     mmu_pages_add(pvec, leaf)
+    odd = kvm_mmu_page(2)
+    odd.unsync_child_bitmap, odd.unsync = 1 << 7, True
     before = [*map(draw, pages)], str(pvec)
     assert refused(ValueError, [
         (kvm_mmu_page, 0), (kvm_mmu_page, 6), (kvm_mmu_page, 1, -1), (kvm_mmu_pages, 0),
@@ -1634,6 +1652,7 @@ def test_refusals() -> None:
         (link_shadow_page, middle, 7, kvm_mmu_page(1)), (link_shadow_page, leaf, 0, leaf),
         (set_large_spte, leaf, 7), (set_large_spte, root, 7), (kvm_sync_page, leaf),
         (kvm_sync_page, middle), (clear_unsync_child_bit, middle, 7),
+        (clear_unsync_child_bit, odd, 7), (kvm_sync_page, odd),
         (mmu_unsync_walk, middle, pvec, w), (narrate, middle, pvec, None, w),
         (check, 0), (check, 1, WALKS, CALLERS, ARRAYS, []),
     ])  # fmt: skip
@@ -1700,7 +1719,7 @@ def test_history() -> None:
             assert len(bits) == page.unsync_children
         if call in settle:
             assert not sp.unsync_children and not any(page.unsync for page in behind)
-            assert ret in (unsync, None)
+            assert ret == (None if call is kvm_mmu_prepare_zap_page else unsync)
         if call is kvm_mmu_prepare_zap_page:
             assert not (sp.unsync or sp.parent_ptes or any(sp.spt))
 
@@ -1711,13 +1730,10 @@ def test_power() -> None:
     """
     import ast
     import inspect
-    import zlib
 
     tree: Any = ast.parse(inspect.getsource(__mmu_unsync_walk))
     tables, passed = [*small_tables(2), *random_tables()], []
-    assert zlib.crc32(repr(tables).encode()) == 1096808855, (
-        "not the same as on other Pythons"
-    )
+    assert crc(repr(tables)) == 1096808855
     for node in [*ast.walk(tree.body[0])]:
         for field in "body", "orelse", "test", "value":
             old: Any = getattr(node, field, None)
@@ -1744,44 +1760,90 @@ def test_power() -> None:
     assert passed[1:] == ["clear_unsync_child_bit(sp, i)"]  # [0] is the docstring
 
 
-def test_told() -> None:
-    """What the guest sets and writes, and writes again at the second walk, is told."""
-    turns = (2000, 1, 1001), (1001,), ()
-    table = Table(((2000, 0, 1000),), (), turns, again=(1000,), size=1)
-    trial = Trial(
-        table, WALKS["suggested"], kvm_mmu_pages, mmu_sync_children, told=True
+def test_marking() -> None:
+    """It stops at a page that has another bit set, and so does not come to the top."""
+    top = kvm_mmu_page(3)
+    leaf, other = shadow_page_at(top, 0), shadow_page_at(top, 1 << 21)
+    kvm_unsync_page(leaf)
+    clear_unsync_child_bit(top, 0)
+    kvm_unsync_page(other)
+    assert top.unsync_children == 0
+    assert "[0] of kvm_mmu_page(3, 0x0) is clear" in findable([leaf], {})
+    top.unsync_child_bitmap = 1
+    assert counted([leaf, top]) == "counted: 1 bits, but unsync_children is 0"
+    assert returned(0, kvm_mmu_pages(), {leaf}, 1).startswith(
+        "returned: 0, but not all"
     )
-    assert (
-        f"{trial}\n"
-        == """\
-set    [1] of page 2000: level 1, page 1001, in sync
-write  page 1001
-walk   level 2, page 2000, unsync_children 2
-  look   level 1, page 1000, in sync
-  clear  [0] of page 2000: 1 left
-  look   level 1, page 1001, unsync
-  add    page 1001: entry 1 of 1, the array is full now
-return -ENOSPC
-sync   page 1001
-write  page 1000
-walk   level 2, page 2000, unsync_children 2
-  look   level 1, page 1000, unsync
-  add    page 1000: entry 1 of 1, the array is full now
-return -ENOSPC
-sync   page 1000
-walk   level 2, page 2000, unsync_children 2
-  look   level 1, page 1000, in sync
-  clear  [0] of page 2000: 1 left
-  look   level 1, page 1001, in sync
-  clear  [1] of page 2000: 0 left
-return 0
-done
-"""
+
+
+def test_cases() -> None:
+    """What a walk does not see is found, and shown by as little as shows it."""
+    cached: dict[kvm_mmu_page, Any] = {}
+
+    def without(skip: Any, ents: Any = lambda sp: sp.spt) -> Walk:
+        def walk(sp: kvm_mmu_page, pvec: kvm_mmu_pages) -> int:
+            found = 0
+            for i in for_each_set_bit(sp.unsync_child_bitmap):
+                ent = ents(sp)[i]
+                if isinstance(ent, kvm_mmu_page) and not skip(ent, i, pvec):
+                    ret = walk(ent, pvec)
+                    if ret < 0 or ent.unsync and mmu_pages_add(pvec, ent):
+                        return -ENOSPC
+                    found += ret + ent.unsync
+                clear_unsync_child_bit(sp, i)
+            return found
+
+        return walk
+
+    thrice = (
+        (3001, 0, 2000, 0),
+        (3001, 1, 2000, 0),
+        (3001, 2, 2000, 0),
+        (2000, 0, 1999, 0),
     )
+    late = (), (2000, 499, 1999), (1999,), ()
+    printed = []
+    for walk, case in (
+        (without(lambda sp, i, pvec: i > 99), Table(((2000, 100, 1999, 0),), (1999,))),
+        (
+            without(lambda sp, i, pvec: sp.spt and len(sp.parent_ptes) > 2),
+            Table(thrice, (1999,)),
+        ),
+        (
+            without(lambda *_: False, lambda sp: cached.setdefault(sp, [*sp.spt])),
+            Table(((2000, 0, 1000),), (), late),
+        ),
+    ):
+        verdict = Verdict(walk, kvm_mmu_pages, mmu_sync_children)
+        for table in random_tables():
+            verdict.count(table, {})
+        assert verdict.case("lost") == case._replace(size=1)
+        printed += [str(verdict)]
+    assert crc("".join(printed)) == 1510170291
+    pages = Table((*thrice, (2000, 1, 1001), (2000, 2, 1002)), (1000,)).build()
+    assert [pages[n].gfn for n in (1000, 1001, 1002)] == [0, 0, 1 << 33 | 1]
+
+
+def test_signal() -> None:
+    """What a signal's handler raises is not the walk's, and passes."""
+    import signal
+
+    def walk(sp: kvm_mmu_page, pvec: kvm_mmu_pages) -> int:
+        signal.raise_signal(signal.SIGINT)
+        return 0
+
+    def handler(*given: object) -> None:
+        raise TimeoutError
+
+    old = signal.signal(signal.SIGINT, handler)
+    root = REVIEWED.build()[2000]
+    calls = [(check, 1, {"": walk}), (narrate, root, kvm_mmu_pages(), None, walk)]
+    assert refused(TimeoutError, calls)
+    signal.signal(signal.SIGINT, old)
 
 
 def judged(walk: Any, caller: Any = mmu_sync_children) -> str:
-    """Return the verdict on `walk` and `caller`, on the table that the review asks about."""
+    """Return the verdict on `walk` and `caller`, on the review's table."""
     array, table = {"": kvm_mmu_pages}, REVIEWED._replace(size=0)
     return str(check(1, {"": walk}, {"": caller}, array, [table])["", "", ""])
 
@@ -1833,7 +1895,7 @@ def test_walk_faults() -> None:
 
 
 def test_caller_faults() -> None:
-    """What a caller must not do is named; and what Linux's do, or if it yields, is right."""
+    """What a caller must not do is named; to yield, and what Linux's do, is right."""
 
     def late(root: kvm_mmu_page, pvec: kvm_mmu_pages, walk: Walk) -> None:
         _ = walk(root, pvec), walk(root, pvec)
@@ -1862,7 +1924,7 @@ def test_caller_faults() -> None:
 
 
 def test_costs() -> None:
-    """Looks, batches and clears, as counted in the C of Linux, of the patches and mails."""
+    """Looks, batches and clears are those of the C, of Linux and of the thread."""
     known = {
         "one page": "4 1 4, 8 1 0, 4 1 0, 4 1 0, 4 1 0, 4 1 0",
         "sparse": "52 4 49, 105 5 0, 55 4 0, 55 4 0, 51 2 0, 52 2 0",
@@ -1872,6 +1934,24 @@ def test_costs() -> None:
     for name, prices in known.items():
         found = [" ".join(map(str, price)) for price in costs(name).values()]
         assert ", ".join(found) == prices
+
+    @gathers_parents
+    def add_then_clear(sp: kvm_mmu_page, pvec: kvm_mmu_pages) -> int:
+        found = 0
+        for i in for_each_set_bit(sp.unsync_child_bitmap):
+            child = to_shadow_page(sp.spt[i])
+            if child.unsync_children or child.unsync:
+                if mmu_pages_add(pvec, child, i):
+                    return -ENOSPC
+                ret = 1 if child.unsync else add_then_clear(child, pvec)
+                if ret < 0:
+                    return ret
+                found += ret
+            clear_unsync_child_bit(sp, i)
+        return found
+
+    variants: Variants = {"": ("", add_then_clear, mmu_sync_children)}
+    assert costs("32 x 32", variants)[""][:2] == (1298, 82)
 
 
 def test_readme() -> None:
@@ -1895,6 +1975,7 @@ def test_readme() -> None:
     assert f"on {careless['lost']}, and spins on {careless['spin']}" in words
     assert f"each of {unsync} small tables" in words
     assert str(verdicts).endswith("24 of 40: fine on all 298 tables")
+    assert crc("".join(map(str, [verdicts, *verdicts.values()]))) == 2005189245
     verdict = verdicts["posted", "refusing", "sync"]
     assert "findable: [1] of page 2000 is clear, with" in verdict.told("else")
     assert len(str(verdict).splitlines()) == 24 and "[1] of page 2000: 1 left" in str(
@@ -1950,11 +2031,15 @@ def test_shell() -> None:
         assert err.getvalue() == "100 of 250 tables\n200 of 250 tables\n"
     tables = {"random_tables": list, "small_tables": lambda sptes: [REVIEWED]}
     with mock.patch.dict(globals(), tables), tempfile.NamedTemporaryFile("w") as mine:
-        mine.write("from unsync_walk import walk_before, walk_posted, PAGE_SHIFT")
+        mine.write("from unsync_walk import walk_before, walk_posted, PAGE_SHIFT\n")
+        mine.write("def broken(sp, pvec):\n    return sp.nothing\n")
         mine.flush()
         assert shell("--check", "2") == (0, f"{check(2)}\n")
         assert shell("--judge", f"{mine.name}:walk_before")[0] == 0
         assert shell("--judge", f"{mine.name}:walk_posted")[0] == 1
+        assert (
+            "(line 3: return sp.nothing)" in shell("--judge", f"{mine.name}:broken")[1]
+        )
         for name in "nothing", "PAGE_SHIFT":
             status, told = shell("--judge", f"{mine.name}:{name}")
             assert status == 2 and told.count("\n") == 1 and name in told
@@ -1970,7 +2055,7 @@ if __name__ == "__main__":
             raise OSError("standard output is closed")
         sys.stdout.flush()
     except OSError as error:
-        # If it is a pipe's, `| head` has seen enough.  Nothing is to be flushed at exit.
+        # A pipe's reader, as `| head`, has seen enough; flush nothing more at exit.
         status = not isinstance(error, BrokenPipeError)
         print(f"unsync_walk.py: {error}\n" * status, end="", file=sys.stderr)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
