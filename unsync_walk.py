@@ -1776,6 +1776,12 @@ def test_marking() -> None:
     )
 
 
+def test_labels() -> None:
+    """Pages of a table are not told apart by gfn, and these are not small."""
+    pages = Table(((2000, 0, 1000), (2000, 1, 1001), (2000, 2, 1002))).build()
+    assert [pages[n].gfn for n in (1000, 1001, 1002)] == [0, 0, 1 << 33 | 1]
+
+
 def test_cases() -> None:
     """What a walk does not see is found, and shown by as little as shows it."""
     cached: dict[kvm_mmu_page, Any] = {}
@@ -1820,8 +1826,6 @@ def test_cases() -> None:
         assert verdict.case("lost") == case._replace(size=1)
         printed += [str(verdict)]
     assert crc("".join(printed)) == 1510170291
-    pages = Table((*thrice, (2000, 1, 1001), (2000, 2, 1002)), (1000,)).build()
-    assert [pages[n].gfn for n in (1000, 1001, 1002)] == [0, 0, 1 << 33 | 1]
 
 
 def test_signal() -> None:
@@ -1983,37 +1987,48 @@ def test_readme() -> None:
     )
 
 
-def test_readme_walk() -> None:
-    """What README claims of a walk of one's own, and of the slip in it."""
+def own_walks() -> tuple[str, list[str]]:
+    """Return README, and its walk as source: as it is, with the slip, and with a mistake."""
     with open(README) as file:
         text = file.read()
     own = text.split("```python\n")[1].split("```")[0]
     clear, start = "        clear_unsync_child_bit(sp, i)\n", "        ent, full"
+    slip = own.replace(clear, "").replace(start, clear + start)
+    return text, [own, slip, own.replace("sp.spt", "sp.nothing")]
+
+
+def test_readme_walk() -> None:
+    """What README claims of a walk of one's own, and of the slip in it."""
+    text, (own, slipped, _) = own_walks()
     space: dict[str, Any] = {}
     exec(own, space)  # noqa: S102
     fine, refusing = check(2, {"": space["walk"]}, {"": mmu_sync_children}).values()
     assert not fine.smallest and not fine.early and "lost" in refusing.smallest
     priced = costs("32 x 32", {"": ("", space["walk"], mmu_sync_children)})
     assert priced[""].looks == 1185
-    exec(own.replace(clear, "").replace(start, clear + start), space)  # noqa: S102
+    exec(slipped, space)  # noqa: S102
     slip, _ = check(3, {"": space["walk"]}, {"": mmu_sync_children}).values()
     assert f"```text\n{slip.told('lost')}\n```" in text
 
 
-def test_shell() -> None:
-    """Each argument does what README says, and an error is a line and a status."""
+def shell(*argv: str) -> tuple[object, str]:
+    """Return the exit status for arguments `argv`, and what is printed."""
     import io
-    import tempfile
     from contextlib import redirect_stderr, redirect_stdout
     from unittest import mock
 
-    def shell(*argv: str) -> tuple[object, str]:
-        given = mock.patch("sys.argv", ["unsync_walk.py", *argv])
-        with given, redirect_stdout(io.StringIO()) as out, redirect_stderr(out):
-            try:
-                return main(), out.getvalue()
-            except SystemExit as error:
-                return error.code, out.getvalue()
+    given = mock.patch("sys.argv", ["unsync_walk.py", *argv])
+    with given, redirect_stdout(io.StringIO()) as out, redirect_stderr(out):
+        try:
+            return main(), out.getvalue()
+        except SystemExit as error:
+            return error.code, out.getvalue()
+
+
+def test_shell() -> None:
+    """The demo fits into a mail; a walk is told; and a terminal, how far the check is."""
+    import io
+    from unittest import mock
 
     status, told = shell()
     lines = told.splitlines()
@@ -2029,19 +2044,27 @@ def test_shell() -> None:
         err.isatty = lambda: True  # type: ignore[method-assign]
         check(1, {"": walk_posted}, tables=[REVIEWED] * 250)
         assert err.getvalue() == "100 of 250 tables\n200 of 250 tables\n"
-    tables = {"random_tables": list, "small_tables": lambda sptes: [REVIEWED]}
-    with mock.patch.dict(globals(), tables), tempfile.NamedTemporaryFile("w") as mine:
-        mine.write("from unsync_walk import walk_before, walk_posted, PAGE_SHIFT\n")
-        mine.write("def broken(sp, pvec):\n    return sp.nothing\n")
-        mine.flush()
+
+
+def test_readme_judge() -> None:
+    """A walk in a file is judged: 0 if it is fine, 1 if not; 2, in a line, if it is none."""
+    import pathlib
+    import tempfile
+    from unittest import mock
+
+    _, sources = own_walks()
+    one = [REVIEWED._replace(size=1)]
+    tables = {"random_tables": list, "small_tables": lambda sptes: one}
+    with mock.patch.dict(globals(), tables), tempfile.TemporaryDirectory() as folder:
+        mine, wrong = pathlib.Path(folder, "mine.py"), pathlib.Path(folder, "wrong.py")
+        _ = mine.write_text(sources[0]), wrong.write_text(sources[2])
         assert shell("--check", "2") == (0, f"{check(2)}\n")
-        assert shell("--judge", f"{mine.name}:walk_before")[0] == 0
-        assert shell("--judge", f"{mine.name}:walk_posted")[0] == 1
-        assert (
-            "(line 3: return sp.nothing)" in shell("--judge", f"{mine.name}:broken")[1]
-        )
+        assert shell("--judge", f"{mine}:walk", "--array", "kvm")[0] == 0
+        assert shell("--judge", f"{mine}:walk")[0] == 1
+        status, told = shell("--judge", f"{wrong}:walk")
+        assert status == 1 and "(line 6: ent, full = sp.nothing[i], False)" in told
         for name in "nothing", "PAGE_SHIFT":
-            status, told = shell("--judge", f"{mine.name}:{name}")
+            status, told = shell("--judge", f"{mine}:{name}")
             assert status == 2 and told.count("\n") == 1 and name in told
 
 
