@@ -39,7 +39,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from errno import EINTR, ENOSPC
-from itertools import chain, compress, count, cycle, product
+from itertools import chain, compress, count, cycle, product, repeat
 from operator import index as as_int
 from typing import Any, NamedTuple
 
@@ -1199,8 +1199,6 @@ class Trial(Run):
         self.ticks += 0.02 if what == "read" else 1
         if self.ticks > self.bound:
             self.expect("spin: the walk goes on for ever")
-        if what == "read":
-            return
         super().see(what, sp, detail)
         if what == "overrun" and detail is self.pvec:
             self.expect("gathered: an add to a full array; KVM writes past its end")
@@ -1776,6 +1774,28 @@ def test_marking() -> None:
     )
 
 
+def test_arrays() -> None:
+    """A shared page is stored once; and the array that is given is the one that is used."""
+    root, leaf, pvec = kvm_mmu_page(2), kvm_mmu_page(1, gfn=9), kvm_mmu_pages(5)
+    for i in 3, 4:
+        link_shadow_page(root, i, leaf)
+    kvm_unsync_page(leaf)
+    told = narrate(
+        root, pvec, {root: "root"}, caller=mmu_zap_unsync_children
+    ).splitlines()
+    assert told[2] == told[5] == "  add    level 1, label 0x9: entry 1 of 5"
+    assert told[-3:] == ["return 2", "zap    level 1, label 0x9", "done"]
+    assert for_each_sp_path(kvm_mmu_pages()) == []
+    link_shadow_page(root, 3, leaf)
+    kvm_unsync_page(leaf)
+    assert mmu_unsync_walk(root, pvec) == 1 and pvec.sp == [leaf]
+    replaced = Table(
+        ((2000, 0, 1000),), (1000,), ((2000, 0, 1001), (1001,), ()), size=3
+    )
+    trial = Trial(replaced, WALKS["suggested"], kvm_mmu_pages, mmu_sync_children)
+    assert trial.outcome == "fine" and trial.numbered[2000].spt[0].parent_ptes
+
+
 def test_labels() -> None:
     """Pages of a table are not told apart by gfn, and these are not small."""
     pages = Table(((2000, 0, 1000), (2000, 1, 1001), (2000, 2, 1002))).build()
@@ -1870,6 +1890,7 @@ def test_walk_faults() -> None:
         with suppress(OverflowError):
             _ = [pvec.store(sp.spt[0]) for _ in range(pvec.capacity + 1)]
 
+    forgetful = chain([True], repeat(False))
     deeds: list[tuple[str, Any]] = [
         ("untouched: the walk sets", lambda sp, a, ret: mark_unsync(sp, 9)),
         ("untouched: the walk sets", lambda sp, a, ret: setattr(sp, "unsync_children", 9)),
@@ -1885,6 +1906,8 @@ def test_walk_faults() -> None:
         ("returned: -ENOSPC, with 0", lambda sp, a, ret: -ENOSPC),
         ("returned: 3, with 1 unsync", lambda sp, a, ret: (ret > 0) * 3),
         ("spin: the walk goes on", endless),
+        ("spin: the walk goes on", lambda *_: [*iter(lambda: [*for_each_set_bit(1)], [])]),
+        ("else, but not again", lambda sp, a, ret: next(forgetful) and a.sp.clear()),
         ("AttributeError: 'kvm_mmu_page' object", lambda sp, a, ret: sp.nothing),
     ]  # fmt: skip
     for name, deed in deeds:
