@@ -783,9 +783,9 @@ def narrate(
 #  2. Before a walk all pages are safe (findable), and what has unsync children has its
 #     bit set in each parent (test_history): so marking may stop at a page with others.
 #  3. A look changes nothing (untouched), an add helps, a clear can harm what is behind.
-#  4. It is never early (README): behind a bit that it clears is no page; or one in sync
-#     without unsync children; or one that is stored; or one whose walk returned 0 or
-#     more, so that (5, a level below) none of its bits is set.
+#  4. It is never early (test_readme): behind a bit that it clears is no page (absent,
+#     large); or one in sync without unsync children; or one that is stored; or one whose
+#     walk returned 0 or more, so that (5, a level below) none of its bits is set.
 #  5. If it returns 0 or more it has cleared all bits of its page.  So, from the root,
 #     all that is unsync is stored; as each page stored counts, 0 says none (returned).
 #  6. -ENOSPC goes straight up.  Then the array is full (returned) of unsync pages
