@@ -1452,7 +1452,6 @@ batches, which are walks that return non-zero, and clears by the caller.
 
 # ====================================================================== the demo
 
-
 # The case that the review asks about: a root with two unsync pages.
 REVIEWED = Table(((2000, 0, 1000), (2000, 1, 1001)), (1000, 1001), size=2)
 
@@ -1549,9 +1548,12 @@ def main() -> int:
         (root, names), (_, walk, caller) = process(), VARIANTS[given.walk]
         steps = narrate(root, kvm_mmu_pages(), names, walk, caller)
         text = f"{draw(*process())}\n{steps}\n\n{REVIEWED}"
+        # Room for one of the two, beside the root if it is stored.
+        case = REVIEWED._replace(size=1 + getattr(walk, "gathers_parents", False))
         for name, array in arrays.items():
-            trial = Trial(REVIEWED, walk, array, caller, told=True)
-            text += f"\nAn array of 2, {name}:\n{trial}\n{trial.why or 'all in sync'}"
+            trial = Trial(case, walk, array, caller, told=True)
+            text += f"\nAn array of {case.size}, {name}:\n{trial}\n"
+            text += trial.why or "all in sync"
     elif given.check:
         text = str(check(given.check, arrays=arrays))
     else:
@@ -2025,6 +2027,7 @@ def test_shell() -> None:
     assert told.endswith(
         "sync   page 1000\ndone\nlost: page 1001 stays unsync for good\n"
     )
+    assert "page 1001 is lost" in str(shell("--walk", "series-end")[1])
     assert shell("--check", "0")[0] == 2 == shell("--walk", "x")[0]
     with mock.patch("sys.stderr", io.StringIO()) as err:
         err.isatty = lambda: True  # type: ignore[method-assign]
