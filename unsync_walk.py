@@ -1966,7 +1966,17 @@ def test_readme() -> None:
     for _, walk, caller in VARIANTS["linux"], VARIANTS["posted"]:
         root = Table(links, (1000,)).build()[3000]
         looks.append(cost(root, walk, kvm_mmu_pages(), caller).looks)
-    assert "`linux` {} looks, `posted` {};".format(*looks) in words
+    price, shared = costs("32 x 32"), costs("16 shared")
+    end, posted, linux = price["series-end"], price["posted"], price["linux"]
+    for claim in (
+        f"`linux` {looks[0]} looks, `posted` {looks[1]};",
+        f"16 leaves: {shared['linux'].looks}, {shared['posted'].looks}.",
+        f"{end.looks} looks and {price['suggested'].looks} in {end.batches} batches",
+        f"({posted.looks - linux.looks} more in 32 x 32)",
+        f"With parents: {posted.looks} in {posted.batches}, and 1298 in 82.",
+        f"without the extra look ({end.looks} on 32 x 32)",
+    ):
+        assert claim in words, claim
     verdicts = check()
     kept = {key: verdict for key, verdict in verdicts.items() if key[2] != "careless"}
     wrong = {key[:2] for key, verdict in kept.items() if verdict.smallest}
