@@ -11,8 +11,8 @@ Miss one, and a stale translation stays in use.  A bit for each SPTE shows the w
              /        \
         [0] /          \ [7]
          level 2 {4}    level 2 {4, 5}      shadow pages form a DAG:
-             \          /    \              this level-1 page has two parents,
-          [4] \    [4] /      \ [5]         and its bit is set in both
+             \          /    \              the left level-1 page has two
+          [4] \    [4] /      \ [5]         parents, its bit is set in both
                level 1        level 1
                unsync         unsync
 
@@ -27,9 +27,10 @@ to the array.  Its review (YtcLiNskPb8z/2Qc@google.com) asked: what if the add f
 What KVM has (arch/x86/kvm/mmu/, Linux 5.19) keeps its name: `sp`, a shadow page; `ent`,
 an SPTE; `i`, `idx` or `index`, its place; `pvec`, an array.  But __mmu_unsync_walk() is
 the review's __mmu_unsync_walk_and_clear(), and its callers fit it; walk_before() and
-linux_caller() are Linux's.  A bad argument changes nothing, and raises IndexError (an
-SPTE outside 0..511), OverflowError (KVM would write past its array) or ValueError (KVM
-would WARN, or not check; if a clear bit is cleared it loses count without a word).
+linux_caller() are Linux's.  A bad argument changes nothing, and raises TypeError (of no
+such kind), IndexError (an SPTE outside 0..511), OverflowError (KVM would write past its
+array) or ValueError (KVM would WARN, or not check: a clear bit that is cleared while
+another is set makes it lose count without a word).
 """
 
 from __future__ import annotations
@@ -40,12 +41,12 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from errno import EINTR, ENOSPC
 from functools import partial
-from itertools import chain, compress, count, cycle, dropwhile, product, takewhile
+from itertools import compress, count, cycle, dropwhile, product, takewhile
 from operator import index as as_int
 from typing import Any, NamedTuple
 
 PG_LEVEL_4K, PG_LEVEL_2M, PG_LEVEL_1G, PT64_ROOT_MAX_LEVEL = 1, 2, 3, 5
-# The first two are still PT64_LEVEL_BITS and PT64_ENT_PER_PAGE in 5.19.
+# The first two of these are still PT64_LEVEL_BITS and PT64_ENT_PER_PAGE in 5.19.
 SPTE_LEVEL_BITS, SPTE_ENT_PER_PAGE, PAGE_SHIFT = 9, 512, 12
 KVM_PAGE_ARRAY_NR, INVALID_INDEX = 16, -1
 
@@ -117,7 +118,7 @@ def kvm_mmu_mark_parents_unsync(sp: kvm_mmu_page) -> None:
 
 
 def mark_unsync(sp: kvm_mmu_page, index: int) -> None:
-    """Set bit `index` (0..511) of `sp`, and mark `sp` in turn if this is its first."""
+    """Set bit `index` (0..511) of `sp`; if it is the first, mark what points at `sp`."""
     index = need_spte(sp, index)
     if sp.unsync_child_bitmap & 1 << index:
         return
@@ -142,7 +143,7 @@ def clear_unsync_child_bit(sp: kvm_mmu_page, index: int) -> None:
 
 
 class kvm_mmu_pages:
-    """The array that a walk fills: 1 or more pages, `sp`, and their indexes, `idx`."""
+    """The array that a walk fills, up to `capacity`: pages, `sp`; indexes, `idx`."""
 
     def __init__(self, capacity: int = KVM_PAGE_ARRAY_NR) -> None:
         self.capacity = within("a capacity", capacity, 1, sys.maxsize)
@@ -183,7 +184,7 @@ def mmu_pages_add(pvec: kvm_mmu_pages, sp: kvm_mmu_page, idx: int = -1) -> bool:
 
 
 def __mmu_unsync_walk(sp: kvm_mmu_page, pvec: kvm_mmu_pages) -> int:
-    """Add the unsync pages below `sp` to `pvec`, and clear the bits that led to them.
+    """Add the unsync pages below `sp` to `pvec`, and clear the bits that it followed.
 
     Returns how often it came upon one, once for each SPTE that leads there, or -ENOSPC.
     """
@@ -219,7 +220,7 @@ def for_each_set_bit(bitmap: int) -> Iterator[int]:
     The kernel's macro reads the bitmap as it goes, this reads it at the start: the same
     to a walk, which clears no bit of a page but the one that it is at.
     """
-    trace("read", sp=None)
+    trace("read", None)
     while bitmap > 0:
         lowest = bitmap & -bitmap
         yield lowest.bit_length() - 1
@@ -252,7 +253,7 @@ def mmu_unsync_walk(
 
 
 def mmu_page_zap_pte(parent: kvm_mmu_page, index: int) -> None:
-    """Make SPTE `index` (0..511) of `parent` not present; its bit stays, now stale."""
+    """Make SPTE `index` (0..511) of `parent` not present; its bit stays as it is."""
     index = need_spte(parent, index)
     ent = parent.spt[index]
     if is_shadow_present_pte(ent) and not is_large_pte(ent):
@@ -328,7 +329,7 @@ def mmu_zap_unsync_children(
 
 
 def gathers_parents(walk: Walk) -> Walk:
-    """Mark `walk` as one that stores pages with unsync children too, the root first."""
+    """Mark `walk` as one that stores parents too; mmu_unsync_walk() stores the root."""
     walk.gathers_parents = True  # type: ignore[attr-defined]
     return walk
 
@@ -479,7 +480,7 @@ def for_each_sp_path(pvec: kvm_mmu_pages) -> list[tuple[kvm_mmu_page, ParentPtes
     """Return each level-1 page with its mmu_page_path: (page, index) from below."""
     found, parent, idx = [], dict[int, kvm_mmu_page](), dict[int, int]()
     top = pvec.sp[0].level if pvec.sp else PG_LEVEL_4K
-    for sp, i in zip(pvec.sp, pvec.idx + [INVALID_INDEX] * pvec.nr):
+    for sp, i in zip(pvec.sp, pvec.idx):
         parent[sp.level], idx[sp.level] = sp, i
         if i < 0 and sp.level < top or sp.level == PG_LEVEL_4K and len(parent) < top:
             raise ValueError(f"{pvec} misses parents of {sp}, or indexes: add all")
@@ -616,11 +617,10 @@ def draw(root: Any, names: Names | None = None, seen: Names | None = None) -> st
     names, seen = names or {}, {} if seen is None else seen
     bits, spt = getattr(root, "unsync_child_bitmap", 0), getattr(root, "spt", ())
     slots = [i for i, ent in enumerate(spt) if ent is not None or bits >> i & 1]
-    if again := root in seen and slots != []:
-        slots = []
+    again = root in seen and slots != []
     seen[root] = ""
     lines = [described(root, names) + ", as above" * again]
-    for i in slots:
+    for i in slots * (not again):
         fork, margin = ("`-", "  ") if i == slots[-1] else ("|-", "| ")
         first, *rest = draw(spt[i], names, seen).splitlines()
         lines += [f"{fork}[{i}{' *'[bits >> i & 1]}] {first}"]
@@ -639,9 +639,14 @@ def columns(rows: Iterable[Iterable[object]]) -> str:
 
 # =================================================================== a recorded run
 # What a walk and its caller do, they do by the functions above, and these tell: "look",
-# "add" ("again" if it is there), "clear", "sync", "zap"; "read" only counts.
+# "add" (or "again", "refused", "overrun"), "clear", "sync", "zap"; "read" only counts.
 
 watchers: list[Callable[[str, Any, Any], None]] = []
+ADDS = {
+    "again": "there already",
+    "refused": "refused, the array is full",
+    "overrun": "past the end of the array",
+}
 
 
 def trace(what: str, sp: kvm_mmu_page | None, detail: Any = None) -> None:
@@ -653,9 +658,9 @@ def trace(what: str, sp: kvm_mmu_page | None, detail: Any = None) -> None:
 class Run:
     """A walk, recorded: in `with run:`, hand it to a caller in place of the walk.
 
-    `steps` has what was done, whether by the walk, and at which index, with which array
-    or result.  If `pages` are given, `lines` tells it, and `lost` has those that are
-    unsync, but neither in the array nor findable, and since which line.
+    `steps` has what was done so far, whether by the walk, and at which index, with which
+    array or result.  If `pages` are given, `lines` tells it, and `lost` has those that
+    are unsync, but neither in the array nor findable, and since which line.
     """
 
     def __init__(
@@ -702,15 +707,14 @@ class Run:
         elif what == "clear":
             owner = f" of {text}" if sp in self.names else ""
             text, depth = f"[{detail}]{owner}: {sp.unsync_children} left", depth + 1
-        elif what in ("refused", "overrun", "again"):
-            why = "there already" if what == "again" else "refused, the array is full"
-            what, text = "add", f"{text}: {why}"
+        elif what in ADDS:
+            what, text = "add", f"{text}: {ADDS[what]}"
         elif what == "add":
             full = ", the array is full now" * mmu_is_page_vec_full(detail)
             text += f": entry {detail.nr} of {detail.capacity}{full}"
         elif what in ("return", "done"):
-            text = {-ENOSPC: "-ENOSPC", -EINTR: "-EINTR"}.get(detail, str(detail))
-            text = text if what == "return" or detail == -EINTR else ""
+            errors = {str(-ENOSPC): "-ENOSPC", str(-EINTR): "-EINTR"}
+            text = errors.get(str(detail), str(detail) if what == "return" else "")
         elif what == "set":
             text = f"[{detail}] of {text}: {described(sp.spt[detail], self.names)}"
         return f"{'  ' * depth}{what:6} {text}".rstrip()
@@ -771,7 +775,7 @@ def narrate(
 #  1. mmu_lock is held for write: from the start of a walk until its array is settled no
 #     one else marks, links or zaps.
 #  2. Before a walk all pages are safe (findable), and what has unsync children has its
-#     bit set in each parent (test_history): so marking may stop at a page with others.
+#     bit set in each parent (test_history): so marking may stop there (marked).
 #  3. A look changes nothing (untouched), an add helps, a clear can harm what is behind.
 #  4. It is never early (test_readme): behind a bit that it clears is no page (absent,
 #     large); one in sync without unsync children; one that is stored; or one whose
@@ -867,11 +871,13 @@ ABSENT, LARGE = -1, -2  # What an SPTE of a Table holds, if not a page.
 class Table(NamedTuple):
     """A table as data: how it comes about.  Page 1000 * level + n is the n-th of a level.
 
-    In `script`, (page, index, what it holds) sets an SPTE and its bit, whatever may be
-    behind it, and (page, index, what it holds, 0) an SPTE alone; (page,) is a write by
-    the guest; () a turn of the caller's, with each page that has no parent.  What the
-    guest writes after the first turn, it writes again at the second walk of each turn.
-    `size` is the array's, or 0: all, till one does not fill up.
+    `script` has, in order: (page, index, what it holds), an SPTE and its bit, whatever
+    may be behind it; (page, index, what it holds, 0), an SPTE, its bit left to linking;
+    (page,), a write by the guest, if the page has a parent by then; and (), where the
+    caller deals with each root (a page above level 1 without a parent).  The writes
+    after the first () come again at the second walk for each root, as if mmu_lock was
+    dropped between two batches.  `size` is the array's (at least the root's level, if
+    the walk stores parents), or 0: 1, 2, 3 and so on, till one does not fill up.
 
     >>> print(Table(((3000, 0, 2000), (3000, 9, 2000), (2000, 0, 1000, 0),
     ...              (2000, 1, ABSENT), (2000, 2, LARGE, 0), (2001, 511, 1000), ())))
@@ -891,7 +897,7 @@ class Table(NamedTuple):
     def build(self) -> Numbered:
         """Return new pages, by number, as they are at the first turn of a caller."""
         numbers = {n for row in self.script for n in row[:3:2] if n > 0}
-        # Two share a gfn, lest it tells them apart.
+        # Large gfns, each at two pages: no walk is to tell pages apart by them.
         pages = {
             n: kvm_mmu_page(n // 1000, gfn=n % 1000 // 2 * (1 << 33 | 1))
             for n in sorted(numbers, reverse=True)
@@ -906,19 +912,21 @@ class Table(NamedTuple):
         return "\n".join(draw(root, names, seen) for root in roots)
 
 
-def change(pages: Numbered, page: int, i: int = -1, ent: int = 0, bit: int = 1) -> None:
-    """Do to `pages` what a row of a script says."""
+def change(pages: Numbered, page: int, *spte: int) -> bool:
+    """Do to `pages` what a row of a script says; return whether there was a change."""
     sp = pages[page]
-    if i >= 0:
+    if spte:
+        i, ent, *alone = spte
         mmu_page_zap_pte(sp, i)
         if ent == LARGE:
             set_large_spte(sp, i)
         elif ent != ABSENT:
             link_shadow_page(sp, i, pages[ent])
-        if bit:
+        if not alone:
             mark_unsync(sp, i)
     elif sp.parent_ptes:
         kvm_unsync_page(sp)
+    return bool(spte or sp.parent_ptes)
 
 
 def small_tables(sptes: int) -> Iterator[Table]:
@@ -995,6 +1003,9 @@ def simpler(table: Table) -> Iterator[Table]:
 
 # ===================================================================== the check
 
+# What is wrong has a name: "lost", a page stays unsync for good; "spin", there is no
+# end; or, all of them "else": "findable", "marked", "counted" (between two walks);
+# "settled" (a caller's); "untouched", "returned", "gathered" (a walk's); an exception's.
 OUTCOMES = "fine", "else", "spin", "lost"
 
 
@@ -1003,11 +1014,10 @@ class Broken(BaseException):
 
 
 class Trial(Run):
-    """A walk, judged as it runs on a table of the size in it, by a caller.
+    """A walk, judged as a caller runs it on a table, with an array of `table.size`.
 
-    `outcome` is "fine"; "lost", if a page stays unsync for good; "spin", if the walk or
-    caller goes on and on; or "else", if another promise is broken.  `why` names it,
-    and says more; `end` is the line after which it was so.
+    `outcome` is one of OUTCOMES, `why` a name and what is wrong, `end` the line of the
+    trace after which it was so.
     """
 
     def __init__(
@@ -1018,6 +1028,7 @@ class Trial(Run):
         self.outcome, self.why, self.end = "fine", "", 0
         self.early = self.filled = False
         self.ticks = self.bound = 0.0
+        self.numbered: Numbered = {}
         with suppress(Broken):
             try:
                 self.numbered = table.build()
@@ -1029,6 +1040,7 @@ class Trial(Run):
                 with self:
                     for row in late:
                         self.take(*row)
+                self.mark_more()
             except (Exception, SystemExit) as error:  # noqa: BLE001
                 self.expect(blame(error))
 
@@ -1043,8 +1055,7 @@ class Trial(Run):
 
     def take(self, *row: int) -> None:
         """Take a turn as the caller, or do what else a row of the script says."""
-        if row:
-            change(self.numbered, *row)
+        if row and change(self.numbered, *row):
             self.see("set" if row[1:] else "write", self.numbered[row[0]], *row[1:2])
         for sp in self.built if not row else ():
             if sp.level > PG_LEVEL_4K and not sp.parent_ptes:
@@ -1072,12 +1083,23 @@ class Trial(Run):
         self.between()
 
     def between(self) -> None:
-        """Expect what holds whenever mmu_lock is free; of counts, as 2.6.34 has them."""
+        """Expect what must hold whenever mmu_lock is free."""
         self.expect(findable(self.built, self.names))
-        for sp in self.built:
+        for sp in [sp for sp in self.built if sp.unsync_child_bitmap]:
             bits, said = f"{sp.unsync_child_bitmap:b}".count("1"), sp.unsync_children
-            if said < bits:
+            if said < bits:  # More do no harm: 2.6.34 left them.
                 self.expect(f"counted: {bits} bits, but unsync_children is {said}")
+
+    def mark_more(self) -> None:
+        """Expect that a new page would be findable, though marking stops at set bits."""
+        for sp in self.built:
+            spt = list(sp.spt)
+            if sp.level == PG_LEVEL_2M and None in spt:
+                leaf = kvm_mmu_page(PG_LEVEL_4K)
+                link_shadow_page(sp, spt.index(None), leaf)
+                kvm_unsync_page(leaf)
+                more = "marked: if one more page goes unsync,"
+                self.expect(findable([leaf], self.names).replace("findable:", more))
 
     def __call__(self, root: kvm_mmu_page, pvec: kvm_mmu_pages) -> int:
         if left := sum(sp.unsync for sp in self.batch):
@@ -1091,7 +1113,8 @@ class Trial(Run):
         rest = self.rest(pvec)
         self.states.append((old, rest))
         if self.states.count((old, rest)) > 2:
-            self.expect("spin: the walks find something for ever")
+            self.expect("spin: walk after walk, and nothing changes")
+        # Ample for each bit on each way, with a scan of all SPTEs at each page.
         self.bound = self.ticks + 500 + 20 * steps
         try:
             ret = super().__call__(root, pvec)
@@ -1124,13 +1147,14 @@ class Trial(Run):
         it: a page counts once, or once for each of the `ways` to it.
         """
         unsync = {sp for sp in reached if sp.unsync}
+        right = f"-ENOSPC or {len(unsync)} to {ways}"
         pvec, leaves = self.pvec, for_each_sp(self.pvec)
         if ret == -ENOSPC and not mmu_is_page_vec_full(pvec):
             yield f"returned: -ENOSPC, with {pvec.nr} of {pvec.capacity} entries used"
         if ret >= 0 and not unsync.issubset(pvec.sp):
             yield f"returned: {ret}, but not all that is unsync is in the array"
         if ret != -ENOSPC and not len(unsync) <= ret <= ways:
-            yield f"returned: {ret}, with {len(unsync)} unsync pages, {ways} ways to them"
+            yield f"returned: {ret}, where {right} is right"
         if pvec.nr > pvec.capacity:
             yield f"gathered: {pvec.nr} pages in an array of {pvec.capacity}"
         if len(leaves) < pvec.nr and not self.gathers_parents:
@@ -1145,7 +1169,7 @@ class Trial(Run):
     def see(self, what: str, sp: Any, detail: Any = None) -> None:
         self.ticks += 0.04 if what == "read" else 1
         if self.walking and self.ticks > self.bound:
-            self.expect("spin: the walk goes on for ever")
+            self.expect(f"spin: the walk has not ended after {self.ticks:.0f} steps")
         super().see(what, sp, detail)
         if what == "overrun" and detail is self.pvec:
             self.expect("gathered: an add to a full array; KVM writes past its end")
@@ -1156,15 +1180,15 @@ class Trial(Run):
 
 
 def ways_from(sp: kvm_mmu_page, known: dict[kvm_mmu_page, Row]) -> Row:
-    """Return how many ways of set bits lead to unsync pages, and the bits of all."""
-    if sp not in known:
+    """Return how many ways of set bits lead to unsync pages, and how many bits they are."""
+    if not sp.unsync_child_bitmap:
         known[sp] = (sp.unsync, 0)
-        if sp.unsync_child_bitmap:
-            spt = list(sp.spt)
-            ents = [spt[i] for i in for_each_set_bit(sp.unsync_child_bitmap)]
-            behind = [ent for ent in ents if isinstance(ent, kvm_mmu_page)]
-            found = [ways_from(child, known) for child in behind]
-            known[sp] = tuple(map(sum, zip((sp.unsync, len(ents)), *found)))
+    elif sp not in known:
+        spt = list(sp.spt)
+        ents = [spt[i] for i in for_each_set_bit(sp.unsync_child_bitmap)]
+        behind = [ent for ent in ents if isinstance(ent, kvm_mmu_page)]
+        found = [ways_from(child, known) for child in behind]
+        known[sp] = tuple(map(sum, zip((sp.unsync, len(ents)), *found)))
     return known[sp]
 
 
@@ -1172,8 +1196,8 @@ class Verdict:
     """What the tables came to, with one walk, array and caller.
 
     `small` and `random` count them by outcome, `counts` both.  A small table counts by
-    the worst that came of any size of the array.  `smallest` has a table an outcome, as
-    it was found; `case(outcome)` makes it smaller, and that is printed.
+    the worst that came of any size of the array, others have a size.  `smallest` has a
+    table for each outcome; `case(outcome)` makes it smaller, and that is printed.
     `early`: on how many a bit was cleared before the page behind it was stored.  Under
     mmu_lock no other walk sees that, and it is no fault.
     """
@@ -1190,7 +1214,10 @@ class Verdict:
         return {what: self.small[what] + self.random[what] for what in OUTCOMES}
 
     def count(self, table: Table, alike: dict[int, Trial]) -> None:
-        """Take in what comes of `table`; `alike` has trials that filled no array."""
+        """Take in what comes of `table`.
+
+        `alike` has trials, by size, whose array was never full: any array does as well.
+        """
         tops = [row[0] // 1000 for row in table.script if row]
         least = max(tops, default=1) if self.gathers_parents else 1
         # In an array of more entries than the script has rows there is room for all.
@@ -1211,6 +1238,7 @@ class Verdict:
     def case(self, outcome: str) -> Table:
         """Return `smallest[outcome]`, made smaller as long as the same is broken."""
 
+        # The same sentence, whatever the numbers in it.
         def broken(table: Table) -> list[str]:
             return [*filter(str.isalpha, self.trial(table).why)]
 
@@ -1231,18 +1259,22 @@ class Verdict:
         trial = self.trial(self.case(outcome), told=True)
         forgot = f"{outcome}, but not again: something is remembered"
         why = trial.why if trial.outcome == outcome else forgot
-        table, steps = str(trial.table).splitlines(), str(trial).splitlines()
-        table = [f"{why}.  An array of {trial.table.size}, on", *table]
-        table = shortened(table, most // 2 + 1)
+        drawn = str(trial.table) if trial.numbered else repr(trial.table)
+        head = f"{why}.  With an array of {trial.table.size}, and at first\n{drawn}"
+        table, steps = (
+            shortened(head.splitlines(), most // 2 + 1),
+            str(trial).splitlines(),
+        )
         # They end where a page was lost, with that walk if there is room; or else where
         # the fault showed.
-        end = min(trial.lost.values(), default=trial.end)
+        lost = trial.lost if why[:4] in ("lost", "find") else {}
+        end = min(lost.values(), default=trial.end)
         ends = [n for n, step in enumerate(steps, 1) if step.startswith("return")]
         after = min([n for n in ends if n > end], default=end)
-        end = after if trial.lost and len(table) + after <= most else end
+        end = after if lost and len(table) + after <= most else end
         return "\n".join([*table, *shortened(steps[:end], most - len(table))])
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         counts = ", ".join(f"{outcome} {n}" for outcome, n in self.counts.items())
         room = 24 // max(len(self.smallest), 1)
         worst = sorted(self.smallest, key=OUTCOMES.index, reverse=True)
@@ -1259,15 +1291,15 @@ def shortened(text: list[str], most: int) -> list[str]:
 class Verdicts(dict[tuple[str, str, str], Verdict]):
     """By walk, array and caller.  Prints as a table of those not fine on all tables."""
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         rows: list[Any] = [["", "", "", "small", *[""] * 3, "random", *[""] * 3]]
         rows += [["walk", "array", "caller", *OUTCOMES, *OUTCOMES]]
         for key, verdict in self.items():
             if verdict.smallest:
                 rows.append([*key, *verdict.small.values(), *verdict.random.values()])
-        tables = sum(verdict.counts.values())
-        fine = f"{len(self) + 2 - len(rows)} of {len(self)}: fine on all {tables}"
-        return "\n".join([*[columns(rows)] * (len(rows) > 2), f"{fine} tables"])
+        fine, tables = len(self) + 2 - len(rows), sum(verdict.counts.values())
+        told = [f"{fine} of {len(self)}: fine on all {tables} tables", columns(rows)]
+        return "; the others:\n".join(told[: 1 + (len(rows) > 2)])
 
 
 def check(
@@ -1289,10 +1321,14 @@ def check(
             wrong = f"check({sptes!r}, {given!r})"
             raise TypeError(f"call check(3, {{'mine': my_walk}}), not {wrong}")
     within("the number of SPTEs", sptes, 1, sys.maxsize)
-    both = chain(small_tables(sptes), random_tables())
-    judged = list(both if tables is None else tables)
-    if not judged:
-        raise ValueError("there are no tables to judge on: give one at least")
+    if tables is None:
+        judged = [*small_tables(sptes), *random_tables()]
+    else:
+        judged = [*tables]
+        for table in judged or [Table(())]:
+            if not isinstance(table, Table) or () not in table.script:
+                raise ValueError(f"give Tables with a caller's turn, (), not {table!r}")
+            table.build()
     verdicts = Verdicts()
     for walk, array, caller in product(walks, arrays, callers):
         verdict = Verdict(walks[walk], arrays[array], callers[caller])
@@ -1371,7 +1407,7 @@ def costs(
 def answer_table(sptes: int = 2) -> str:
     """Return the table that answers the thread; `sptes` bounds the tables it counts."""
     tables, price = [*small_tables(sptes)], costs("32 x 32")
-    unsync = sum(len(table.script[-2]) == 1 for table in tables)
+    unsync = sum(1 in map(len, table.script) for table in tables)
     rows: list[list[object]] = [
         ["", "", "stores", "lost if", "with", "", "", "", ""],
         ["", "order", "parents", "refused", "KVM's", "early", *Cost._fields],
@@ -1383,11 +1419,12 @@ def answer_table(sptes: int = 2) -> str:
         lost = refusing.counts["lost"], kvm.counts["lost"], kvm.early
         rows.append([label, order(walk), parents, *lost, *price[label]])
     return f"""\
-Of {len(tables)} tables of at most {sptes} SPTEs, {unsync} of them with unsync pages, how many lose a
-page if a full array refuses an add, and with KVM's array; both of any size?
+Of {len(tables)} tables of at most {sptes} SPTEs, {unsync} have unsync pages.  On how many is a page
+lost, if a full array refuses adds; and with KVM's array, whatever its size?
 early: on how many is a bit cleared before the page behind it is stored?  (Under
-mmu_lock no other walk sees it.)  To sync 32 x 32 pages takes: looks at a child,
-batches, which are walks that return non-zero, and clears by the caller.
+mmu_lock no one else sees it.)  Looks at children, batches (walks that return
+non-zero) and clears by the caller: to sync 32 x 32 pages, 32 below each of 32.
+before: 04/12 alone; posted: 05/12; series-end: 12/12; suggested: the review's.
 {columns(rows)}"""
 
 
@@ -1428,8 +1465,8 @@ unsync page.  The review's walk, __mmu_unsync_walk() here, follows these bits:
 The caller must sync or zap all in the array: {", ".join(names[sp] for sp in pvec.sp)}.
 
 The review (YtcLiNskPb8z/2Qc@google.com) asks of 05/12, which clears a bit and
-then adds the page: what if the add fails?  Take root 2000, two unsync pages
-1000 and 1001, and an array of 2, the root first.  If a full array refused adds:
+then adds the page: what if the add fails?  Take root 2000, unsync pages 1000
+and 1001, an array of 2, and parents stored as well.  If a full array refused:
 {refused}
 But KVM's array stores a page, and then says if it is full.  So the walk ends:
 {first}
@@ -1446,7 +1483,10 @@ def judge(where: str, arrays: Arrays) -> tuple[int, str]:
     path, _, name = where.rpartition(":")
     sys.modules.setdefault("unsync_walk", sys.modules[__name__])
     try:
-        walk = runpy.run_path(path or where, run_name="judged")[name]
+        # Another copy of this file would have pages and watchers of its own.
+        own = os.path.samefile(path or where, __file__)
+        space = globals() if own else runpy.run_path(path or where, run_name="judged")
+        walk = space[name]
         if not callable(walk):
             raise TypeError(f"{walk!r} is no function")
     except (Exception, SystemExit) as error:  # noqa: BLE001
@@ -1454,16 +1494,15 @@ def judge(where: str, arrays: Arrays) -> tuple[int, str]:
         return 2, f"no walk at {where!r} (give FILE:NAME): {said}"
     callers = {label: CALLERS[label] for label in CALLERS if label != "careless"}
     found = check(3, {name: walk}, callers, arrays)
-    for outcome in OUTCOMES[:0:-1]:
-        for key, verdict in found.items():
-            if outcome in verdict.smallest:
-                return 1, f"{found}\n\n{', '.join(key)}: {verdict}"
+    for key, verdict in found.items():
+        if verdict.smallest:
+            return 1, f"{found}\n\n{', '.join(key)}: {verdict}"
     return 0, str(found)
 
 
-def main() -> int:
+def main(*argv: str) -> int:
     """Print the demo, or what the arguments ask for; return the exit status."""
-    if not sys.argv[1:]:
+    if not argv:
         print(demo())
         return 0
     # Slow to import, and without an argument there is nothing to parse.
@@ -1481,13 +1520,13 @@ def main() -> int:
     add("--judge", metavar="FILE:NAME", help="judge your walk: --judge mine.py:walk")
     about = "with KVM's array alone, or one that refuses adds when it is full"
     parser.add_argument("--array", choices=["kvm", "refusing"], help=about)
-    given = parser.parse_args()
+    given = parser.parse_args(argv)
     arrays = {k: ARRAYS[k] for k in ARRAYS if k.lower().startswith(given.array or "")}
     status = 0
     if given.judge is not None:
         status, text = judge(given.judge, arrays)
     elif given.check:
-        text = str(check(given.check, arrays=arrays))
+        text = f"{check(given.check, arrays=arrays)}\n(careless breaks the contract)"
     else:
         (root, names), (walk, caller) = process(), VARIANTS[given.walk]
         steps = narrate(root, kvm_mmu_pages(), names, walk, caller)
@@ -1537,20 +1576,10 @@ def test_refusals() -> None:
     mmu_pages_add(pvec, leaf)
     short.sp, short.idx = [middle, leaf], [INVALID_INDEX, INVALID_INDEX]
     gap.sp, gap.idx = [root, leaf], [INVALID_INDEX, 7]
-    odd, page, at, edge, w = (
-        kvm_mmu_page(2),
-        kvm_mmu_page,
-        shadow_page_at,
-        1 << 47,
-        walk_posted,
-    )
+    odd, edge, w = kvm_mmu_page(2), 1 << 47, walk_posted
     odd.unsync_child_bitmap, odd.unsync = 1 << 7, True
-    link, large, sync, clear = (
-        link_shadow_page,
-        set_large_spte,
-        kvm_sync_page,
-        clear_unsync_child_bit,
-    )
+    page, at, link = kvm_mmu_page, shadow_page_at, link_shadow_page
+    large, sync, clear = set_large_spte, kvm_sync_page, clear_unsync_child_bit
     before = [*map(draw, pages)], str(pvec), pvec.idx == [INVALID_INDEX]
     refusals: dict[type[Exception], list[Any]] = {
         ValueError: [
@@ -1563,7 +1592,8 @@ def test_refusals() -> None:
             (sync, middle), (sync, odd), (clear, middle, 7), (clear, odd, 7),
             (mmu_unsync_walk, middle, pvec, w), (narrate, middle, pvec, None, w),
             (for_each_sp_path, short), (for_each_sp_path, gap), (check, 0),
-            (check, 1, WALKS, CALLERS, ARRAYS, []),
+            (check, 1, WALKS, CALLERS, ARRAYS, []), (check, 1, WALKS, CALLERS, ARRAYS, REVIEWED),
+            (check, 1, WALKS, CALLERS, ARRAYS, [Table(((2000, 0, 1000),))]),
         ],
         IndexError: [
             (link, middle, -1, leaf), (mark_unsync, middle, 512), (clear, middle, 512),
@@ -1595,7 +1625,7 @@ def test_history() -> None:
     settle = mmu_sync_children, mmu_zap_unsync_children, kvm_mmu_prepare_zap_page
     calls: list[tuple[Any, int]] = [(call, 1) for call in (*settle, kvm_unsync_page)]
     calls += [(set_large_spte, 2), (mmu_page_zap_pte, 2), *[(link_shadow_page, 3)] * 2]
-    for _ in range(800):
+    for _ in range(500):
         (call, nr), sp, other = rng.choice(calls), rng.choice(pages), rng.choice(pages)
         behind = below(sp)[1:]
         unsync = sum(page.unsync for page in behind)
@@ -1660,11 +1690,8 @@ def test_power() -> None:
     passed, tables = [], [*random_tables()][:6]
     for place, key, new in edits:
         old, place[key] = place[key], new
-        code, space = (
-            compile(ast.fix_missing_locations(tree), "", "exec"),
-            {**globals()},
-        )
-        exec(code, space)  # noqa: S102
+        space = {**globals()}
+        exec(compile(ast.fix_missing_locations(tree), "", "exec"), space)  # noqa: S102
         if not judged(space["__mmu_unsync_walk"], tables=tables).smallest:
             passed += [ast.unparse(old)]
         place[key] = old
@@ -1704,12 +1731,12 @@ def test_walk_faults() -> None:
         ("gathered: a page twice", lambda sp, a, ret: a.sp.extend(a.sp[:ret > 1])),
         ("gathered: a page that", lambda sp, a, ret: ret and setitem(a.sp, 0, sp.spt[0])),
         ("gathered: an add", overrun),
-        ("spin: the walk goes on for ever", endless),
+        ("spin: the walk has not ended after 5", endless),
         ("spin: the walk", lambda *_: [*iter(lambda: [*for_each_set_bit(1)], [])]),
         ("TypeError: a walk must return an int, not True", lambda sp, a, ret: True),
         ("returned: -ENOSPC, with 0", lambda sp, a, ret: -ENOSPC),
         ("returned: 1, but not all", lambda sp, a, ret: int(ret < 0)),
-        ("returned: 3, with 1 unsync", lambda sp, a, ret: (ret > 0) * 3),
+        ("returned: 3, where -ENOSPC or 1 to 1", lambda sp, a, ret: (ret > 0) * 3),
         ("else, but not again", lambda sp, a, ret: next(forgetful, False) and a.sp.clear()),
         ("AttributeError: 'kvm_mmu_page' object", lambda sp, a, ret: sp.nothing),
     ]  # fmt: skip
@@ -1741,14 +1768,10 @@ def test_cases() -> None:
             [4, 4, 4, 1, 0],
             1,
         ),
-        (
-            lambda sp, i, ent: seen.setdefault(sp, [*sp.spt])[i] is not ent,
-            [4, 1, 0, 4, 1, 0],
-            1,
-        ),
+        (lambda sp, i, ent: seen.setdefault(sp, [*sp.spt])[i] != ent, [4, 1, 0] * 2, 1),
     ]
     for skip, kinds, highest in cases:
-        verdict = judged(without(skip), tables=random_tables())
+        verdict = judged(without(skip), tables=[*random_tables()][2::3])
         script = verdict.case("lost").script
         assert [*map(len, script)] == kinds
         assert max(row[1] for row in script if row[1:]) == highest
@@ -1756,6 +1779,9 @@ def test_cases() -> None:
     assert told in verdict.told("lost")
     gfns = [sp.gfn for sp in Table(((1002,), (1001,), (1000,))).build().values()]
     assert gfns == [1 << 33 | 1, 0, 0]
+    empty = without(lambda sp, i, ent: getattr(ent, "spt", 0) and not any(ent.spt))
+    told = "marked: if one more page goes unsync, [0] of page 3000 is clear, with"
+    assert f"\n{told}" in str(judged(empty, tables=small_tables(2)))
 
 
 def test_caller_faults() -> None:
@@ -1827,9 +1853,7 @@ def test_costs() -> None:
 def test_savings() -> None:
     """Each set bit is cleared once; 05/12 saves looks on shared pages, not on trees."""
     saved_on = set()
-    for table in small_tables(3):
-        if len(table.script[-2]) > 1:
-            continue
+    for table in [table for table in small_tables(3) if 1 in map(len, table.script)]:
         sptes = [row[2] for row in table.script if row[2:]]
         linked = [ent for ent in sptes if ent >= 1000]
         looks = {}
@@ -1847,12 +1871,10 @@ def shell(*argv: str) -> tuple[object, str]:
     """Return the exit status for arguments `argv`, and what is printed."""
     import io
     from contextlib import redirect_stderr, redirect_stdout
-    from unittest import mock
 
-    given = mock.patch("sys.argv", ["unsync_walk.py", *argv])
-    with given, redirect_stdout(io.StringIO()) as out, redirect_stderr(out):
+    with redirect_stdout(io.StringIO()) as out, redirect_stderr(out):
         try:
-            return main(), out.getvalue()
+            return main(*argv), out.getvalue()
         except SystemExit as error:
             return error.code, out.getvalue()
 
@@ -1907,6 +1929,8 @@ def test_readme_judge() -> None:
             code, told = shell("--judge", f"{file}:{name}", "--array", array)
             assert code == status and said in told, told
             assert status < 2 or told.count("\n") == 1
+        told = f"{check(1)}\n(careless breaks the contract)\n"
+        assert shell("--check", "1") == (0, told)
         walk = runpy.run_path(str(file))["walk"]
         assert costs("32 x 32", {"": (walk, mmu_sync_children)})[""].looks == 1185
         file.write_text(own.replace("sp.spt", "sp.no"))
@@ -1929,7 +1953,7 @@ def test_readme() -> None:
     verdicts = check()
     careless = verdicts["suggested", "KVM's", "careless"].small
     unsync = verdicts["posted", "KVM's", "careless"].small["lost"]
-    assert unsync == sum(len(table.script[-2]) == 1 for table in small_tables(3))
+    assert unsync == sum(1 in map(len, table.script) for table in small_tables(3))
     for claim in (
         f"`linux` {looks[0]} looks, `posted` {looks[1]};",
         f"16 leaves: {shared['linux'].looks}, {shared['posted'].looks}.",
@@ -1944,10 +1968,10 @@ def test_readme() -> None:
     wrong = {key[:2] for key, verdict in kept.items() if verdict.smallest}
     assert wrong == {("posted", "refusing"), ("series-end", "refusing")}
     assert not any(v.early for key, v in verdicts.items() if key[0] == "suggested")
-    assert str(verdicts).endswith("24 of 40: fine on all 290 tables")
+    assert str(verdicts).startswith("24 of 40: fine on all 290 tables; the others:\n")
     # The same on every Python, and in every run.
     told = [[*random_tables()], verdicts, *verdicts.values()]
-    assert zlib.crc32("\n".join(map(str, told)).encode()) == 2381166629
+    assert zlib.crc32("\n".join(map(str, told)).encode()) == 1916959102
     verdict = verdicts["posted", "refusing", "sync"]
     assert "findable: [1] of page 2000 is clear, with" in verdict.told("else")
     assert len(str(verdict).splitlines()) <= 25
@@ -1958,7 +1982,7 @@ __all__ = [name for name in globals() if name[0] != "_" or name == "__mmu_unsync
 
 if __name__ == "__main__":
     try:
-        status = main()
+        status = main(*sys.argv[1:])
         if sys.stdout is None:
             raise OSError("standard output is closed")
         sys.stdout.flush()
