@@ -118,7 +118,7 @@ def kvm_mmu_mark_parents_unsync(sp: kvm_mmu_page) -> None:
 
 
 def mark_unsync(sp: kvm_mmu_page, index: int) -> None:
-    """Set bit `index` (0..511) of `sp`; if it is the first, mark what points at `sp`."""
+    """Set bit `index` (0..511) of `sp`; if it is the first, mark the SPTEs to `sp`."""
     index = need_spte(sp, index)
     if sp.unsync_child_bitmap & 1 << index:
         return
@@ -264,7 +264,7 @@ def mmu_page_zap_pte(parent: kvm_mmu_page, index: int) -> None:
 def kvm_sync_page(sp: kvm_mmu_page) -> None:
     """Sync `sp`, which must be unsync; then it is not.
 
-    5.19's leaves `unsync` to kvm_unlink_unsync_page(), which callers call first; but not
+    5.19's leaves `unsync` to kvm_unlink_unsync_page(), which callers call first; not so
     kvm_mmu_get_page(), which syncs in passing.
     """
     if sp.level > PG_LEVEL_4K:
@@ -658,9 +658,9 @@ def trace(what: str, sp: kvm_mmu_page | None, detail: Any = None) -> None:
 class Run:
     """A walk, recorded: in `with run:`, hand it to a caller in place of the walk.
 
-    `steps` has what was done so far, whether by the walk, and at which index, with which
-    array or result.  If `pages` are given, `lines` tells it, and `lost` has those that
-    are unsync, but neither in the array nor findable, and since which line.
+    `steps` has what was done so far, whether by the walk, and at which index, or with
+    which array or result.  If `pages` are given, `lines` tells it, and `lost` has those
+    that are unsync, but neither in the array nor findable, and since which line.
     """
 
     def __init__(
@@ -869,7 +869,7 @@ ABSENT, LARGE = -1, -2  # What an SPTE of a Table holds, if not a page.
 
 
 class Table(NamedTuple):
-    """A table as data: how it comes about.  Page 1000 * level + n is the n-th of a level.
+    """A table as data: how it comes about.  Page 1000 * level + n is n-th of its level.
 
     `script` has, in order: (page, index, what it holds), an SPTE and its bit, whatever
     may be behind it; (page, index, what it holds, 0), an SPTE, its bit left to linking;
@@ -1004,8 +1004,8 @@ def simpler(table: Table) -> Iterator[Table]:
 # ===================================================================== the check
 
 # What is wrong has a name: "lost", a page stays unsync for good; "spin", there is no
-# end; or, all of them "else": "findable", "marked", "counted" (between two walks);
-# "settled" (a caller's); "untouched", "returned", "gathered" (a walk's); an exception's.
+# end; or, all "else": "findable", "counted" (between two walks), "marked" (at the end),
+# "settled" (a caller's), "untouched", "returned", "gathered" (a walk's), an exception.
 OUTCOMES = "fine", "else", "spin", "lost"
 
 
@@ -1092,7 +1092,7 @@ class Trial(Run):
                 self.expect(f"counted: {bits} bits, but unsync_children is {said}")
 
     def mark_more(self) -> None:
-        """Expect that a new page would be findable, though marking stops at set bits."""
+        """Expect that a new page is findable, too, though marking stops at set bits."""
         for sp in self.built:
             spt = list(sp.spt)
             if sp.level == PG_LEVEL_2M and None in spt:
@@ -1181,7 +1181,7 @@ class Trial(Run):
 
 
 def ways_from(sp: kvm_mmu_page, known: dict[kvm_mmu_page, Row]) -> Row:
-    """Return how many ways of set bits lead to unsync pages, and how many bits they are."""
+    """Return how many ways of set bits lead to unsync pages, and of how many bits."""
     if not sp.unsync_child_bitmap:
         known[sp] = (sp.unsync, 0)
     elif sp not in known:
@@ -1676,7 +1676,7 @@ def judged(walk: Any, caller: Any = mmu_sync_children, tables: Any = ()) -> Verd
 
 
 def test_power() -> None:
-    """Each statement of the reference counts, but a clear: without it a walk is slow."""
+    """Each statement of the reference counts, save a clear: without, it is slow."""
     import ast
     import inspect
 
