@@ -13,8 +13,7 @@ Miss one, and a stale translation stays in use.  A bit for each SPTE shows the w
          level 2 {4}    level 2 {4, 5}      shadow pages form a DAG:
              \          /    \              the left level-1 page has two
           [4] \    [4] /      \ [5]         parents, its bit is set in both
-               level 1        level 1
-               unsync         unsync
+               level 1        level 1, both unsync
 
 * A set bit promises little: an unsync page *may* be behind it.  It can be stale.
 * A clear bit promises that none is, except what a walk has put in its array already.
@@ -27,10 +26,9 @@ to the array.  Its review (YtcLiNskPb8z/2Qc@google.com) asked: what if the add f
 What KVM has (arch/x86/kvm/mmu/, Linux 5.19) keeps its name: `sp`, a shadow page; `ent`,
 an SPTE; `i`, `idx` or `index`, its place; `pvec`, an array.  But __mmu_unsync_walk() is
 the review's __mmu_unsync_walk_and_clear(), and its callers fit it; walk_before() and
-linux_caller() are Linux's.  A bad argument changes nothing, and raises TypeError or
-AttributeError (no such thing), IndexError (an SPTE outside 0..511), OverflowError (KVM
-would write past its array) or ValueError (KVM would WARN, or not check: a clear bit
-that is cleared while another is set makes it lose count without a word).
+linux_caller() are Linux's.  A bad argument changes nothing, and raises IndexError (an
+SPTE outside 0..511), OverflowError (KVM would write past its array), ValueError (KVM
+would WARN, miscount or not check), TypeError or AttributeError (not such a thing).
 """
 
 from __future__ import annotations
