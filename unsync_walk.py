@@ -1580,7 +1580,7 @@ def test_refusals() -> None:
     page, at, link = kvm_mmu_page, shadow_page_at, link_shadow_page
     large, sync, clear = set_large_spte, kvm_sync_page, clear_unsync_child_bit
     before = [*map(draw, pages)], str(pvec), pvec.idx == [INVALID_INDEX]
-    wrong = [Table(((2000, 0, 1000),))]
+    wrong = [Table(((2000, 0, 1000),))], [Table(((2000, 0, 3000), ()))]
     refusals: dict[type[Exception], list[Any]] = {
         ValueError: [
             (page, 0), (page, 6), (page, 1, -1), (page, 1, 1 << 52), (kvm_mmu_pages, 0),
@@ -1592,7 +1592,7 @@ def test_refusals() -> None:
             (sync, middle), (sync, odd), (clear, middle, 7), (clear, odd, 7), (check, 0),
             (mmu_unsync_walk, middle, pvec, w), (narrate, middle, pvec, None, w),
             (for_each_sp_path, short), (for_each_sp_path, gap),
-            *[(check, 1, WALKS, CALLERS, ARRAYS, given) for given in ([], REVIEWED, wrong)],
+            *[(check, 1, WALKS, CALLERS, ARRAYS, given) for given in ([], REVIEWED, *wrong)],
         ],
         IndexError: [(link, middle, -1, leaf), (mark_unsync, middle, 512),
                      (clear, middle, 512), (middle.spt.__getitem__, -1)],
