@@ -478,7 +478,7 @@ def for_each_sp_path(pvec: kvm_mmu_pages) -> list[tuple[kvm_mmu_page, ParentPtes
     """Return each level-1 page with its mmu_page_path: (page, index) from below."""
     found, parent, idx = [], dict[int, kvm_mmu_page](), dict[int, int]()
     top = pvec.sp[0].level if pvec.sp else PG_LEVEL_4K
-    for sp, i in zip(pvec.sp, pvec.idx):
+    for sp, i in zip(pvec.sp, pvec.idx + [INVALID_INDEX] * pvec.nr):
         parent[sp.level], idx[sp.level] = sp, i
         if i < 0 and sp.level < top or sp.level == PG_LEVEL_4K and len(parent) < top:
             raise ValueError(f"{pvec} misses parents of {sp}, or indexes: add all")
@@ -1146,14 +1146,13 @@ class Trial(Run):
         it: a page counts once, or once for each of the `ways` to it.
         """
         unsync = {sp for sp in reached if sp.unsync}
-        right = f"-ENOSPC or {len(unsync)} to {ways}"
         pvec, leaves = self.pvec, for_each_sp(self.pvec)
         if ret == -ENOSPC and not mmu_is_page_vec_full(pvec):
             yield f"returned: -ENOSPC, with {pvec.nr} of {pvec.capacity} entries used"
         if ret >= 0 and not unsync.issubset(pvec.sp):
             yield f"returned: {ret}, but not all that is unsync is in the array"
         if ret != -ENOSPC and not len(unsync) <= ret <= ways:
-            yield f"returned: {ret}, where {right} is right"
+            yield f"returned: {ret}, where -ENOSPC or {len(unsync)} to {ways} is right"
         if pvec.nr > pvec.capacity:
             yield f"gathered: {pvec.nr} pages in an array of {pvec.capacity}"
         if len(leaves) < pvec.nr and not self.gathers_parents:
@@ -1260,10 +1259,8 @@ class Verdict:
         why = trial.why if trial.outcome == outcome else forgot
         drawn = str(trial.table) if trial.numbered else repr(trial.table)
         head = f"{why}.  With an array of {trial.table.size}, at first:\n{drawn}"
-        table, steps = (
-            shortened(head.splitlines(), most // 2 + 1),
-            str(trial).splitlines(),
-        )
+        table = shortened(head.splitlines(), most // 2 + 1)
+        steps = str(trial).splitlines()
         # They end where a page was lost, with that walk if there is room; or else where
         # the fault showed.
         lost = trial.lost if outcome == "lost" or why.startswith("findable") else {}
@@ -1421,7 +1418,7 @@ def answer_table(sptes: int = 2) -> str:
 Of {len(tables)} tables of at most {sptes} SPTEs, {unsync} have unsync pages.  On how many is a page
 lost, if a full array refuses adds; and with KVM's array, whatever its size?
 early: on how many is a bit cleared before the page behind it is stored?  (Under
-mmu_lock no one else sees it.)  Looks at children, batches (walks that return
+mmu_lock no other walk sees it.)  Looks at children, batches (walks that return
 non-zero) and clears by the caller: to sync 32 x 32 pages, 32 below each of 32.
 before: 04/12 alone; posted: 05/12; series-end: 12/12; suggested: the review's.
 {columns(rows)}"""
@@ -1528,8 +1525,8 @@ def main(*argv: str) -> int:
         text = f"{check(given.check, arrays=arrays)}\n(careless breaks the contract)"
     else:
         (root, names), (walk, caller) = process(), VARIANTS[given.walk]
-        steps = narrate(root, kvm_mmu_pages(), names, walk, caller)
-        text = f"{draw(*process())}\n{steps}\n\n{REVIEWED}"
+        text = draw(root, names) + "\n"
+        text += narrate(root, kvm_mmu_pages(), names, walk, caller) + f"\n\n{REVIEWED}"
         # Room for one of the two, beside the root if it is stored.
         case = REVIEWED._replace(size=1 + getattr(walk, "gathers_parents", False))
         for name, array in arrays.items():
@@ -1573,7 +1570,7 @@ def test_refusals() -> None:
     set_large_spte(middle, 8)
     pvec, short, gap = kvm_mmu_pages(1), kvm_mmu_pages(), kvm_mmu_pages()
     mmu_pages_add(pvec, leaf)
-    short.sp, short.idx = [middle, leaf], [-1, -1]
+    short.sp, short.idx = [middle, leaf], [-1]
     gap.sp, gap.idx = [root, leaf], [-1, 7]
     odd, edge, w = kvm_mmu_page(2), 1 << 47, walk_posted
     odd.unsync_child_bitmap, odd.unsync = 1 << 7, True
