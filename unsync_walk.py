@@ -639,7 +639,7 @@ class Run:
         depth = self.walks[-1][0].level - sp.level if self.walks else 0
         depth = sp.level - 1 if "mark" in what else depth + (what == "clear")
         said = "-ENOSPC" if what == "return" and detail == -ENOSPC else detail
-        line = LINES.get(what, f"{what:6} {{0!r}}").format(sp, said)
+        line = LINES.get(what, "{2:6} {0!r}").format(sp, said, what)
         self.lines.append("  " * depth + line)
         if len(self.lines) > 2000 + len(self.pages) ** 2:
             raise Broken("there is no end to it")
@@ -840,8 +840,8 @@ def answer_table() -> str:
     small = [table for top in "234" for table in small_tables(2, (f"{top}.0",))]
     for label, (walk, caller) in VARIANTS.items():
         kvm = judge(walk, kvm_mmu_pages, caller, small)
-        fine = judge(walk, RefusingPages, caller, small).fine, kvm.fine, kvm.lockless
-        no = not hasattr(walk, "gathers_parents"), *fine
+        refused = judge(walk, RefusingPages, caller, small[::2])  # 16 never fill up
+        no = not hasattr(walk, "gathers_parents"), refused.fine, kvm.fine, kvm.lockless
         price = cost(dense(), walk, kvm_mmu_pages(), caller)
         rows.append(line(label, *["no" if fine else "yes" for fine in no], *price))
     return "\n".join(rows)
