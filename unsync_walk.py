@@ -873,24 +873,24 @@ def demo() -> str:
     marks = narrate(root, pvec, caller=lambda *_: list(map(kvm_unsync_page, leaves)))
     tree, steps, told = draw(root), narrate(root, pvec), is_unsync_root(root)
     kvm_mmu_sync_roots(root)  # vCPU B
-    stale = " and ".join(sp.name for sp in leaves if sp.unsync)
+    stale = ", ".join(sp.name for sp in leaves if sp.unsync)
     again, _, pmd, *_ = process(unsync=True)
     linux = mmu_unsync_walk(again, pvec, walk_before) > 0 and is_unsync_root(again)
     refused, _, _ = narrate(pmd, RefusingPages(2), walk_posted).rpartition("\n")
     return f"""\
 05/12 lets KVM's unsync walk clear a bit, and then add the page behind it to an
-array.  If the add fails?  It does not: it stores the page, then says "full".
+array.  Wrong, if the add fails?  It never does: it stores, then says "full".
 A guest writes two page tables; KVM marks the ways to their shadow pages:
 {marks}
 {tree}
 On its TLB flush vCPU A takes mmu_lock, and walks as the review suggests:
 {steps}
-Before A syncs, vCPU B flushes: is_unsync_root(root), without a lock, is {told}.
-B skips its sync; it may use {stale} as they were.  (Linux's walk: {linux}.)
+Before A syncs, B flushes and asks, without mmu_lock: is_unsync_root() is {told}.
+B skips its sync and may use old SPTEs of {stale}.  After Linux's walk: {linux}.
 
-If a full array refused, 05/12 would lose a page (from pmd, an array of 2):
+If a full array refused, 05/12 would lose a page (walk from pmd, array of 2):
 {refused}
-KVM's says that it is full at entry 2; the walk returns, and [4] of pmd is set.
+KVM's array says "full" at entry 2: the walk returns there, and [4] stays set.
 {answer_table()}
 before: 04/12 alone; posted: 05/12; series-end: 12/12; suggested: the review's.
 misled: as B.  32 x 32 pages: looks, walks that return non-0, caller's clears."""
