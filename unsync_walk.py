@@ -840,8 +840,8 @@ def answer_table() -> str:
     rows = [line("", "parents", "lost if refused", "lost", "misled", *Cost._fields)]
     small = [table for top in "234" for table in small_tables(2, (f"{top}.0",))]
     for label, (walk, caller) in VARIANTS.items():
-        kvm = judge(walk, kvm_mmu_pages, caller, small)
-        refused = judge(walk, RefusingPages, caller, small[::2])  # 16 never fill up
+        refused = judge(walk, RefusingPages, caller, small[::2])  # as small as can be
+        kvm = judge(walk, kvm_mmu_pages, caller, small[1::2])  # of 16 entries
         no = not hasattr(walk, "gathers_parents"), refused.fine, kvm.fine, kvm.lockless
         price = cost(dense(), walk, kvm_mmu_pages(), caller)
         rows.append(line(label, *["no" if fine else "yes" for fine in no], *price))
