@@ -991,7 +991,7 @@ class Tests(unittest.TestCase):
             kvm = judge(walk, caller=caller)
             self.assertTrue(kvm.fine, label)
             self.assertEqual(kvm.lockless, label in ("linux", "before"), label)
-            refusing = judge(walk, RefusingPages, caller, tables()[::3])
+            refusing = judge(walk, RefusingPages, caller, tables()[::8])
             self.assertEqual(refusing.fine, label not in ("posted", "series-end"))
 
     def test_promises(self) -> None:
