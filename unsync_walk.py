@@ -3,7 +3,7 @@ r"""KVM's unsync walk as a model that runs: one file, to be read beside its thre
 
 __mmu_unsync_walk() here is the walk that the review suggests, and there it is called
 __mmu_unsync_walk_and_clear().  Linux's own, which it still has, is walk_before() here.
-All else that KVM has (arch/x86/kvm/mmu/, as of 04/12, or later) keeps its name.
+All else that KVM has (arch/x86/kvm/mmu/) keeps its name; its callers are as of 04/12.
 
 KVM has a *shadow page* for each page table of a guest.  Where it maps one of level 1
 writable, the guest may change that unseen: its shadow page is *unsync*.  On a TLB flush
@@ -224,15 +224,15 @@ def mmu_unsync_walk(
     return ret
 
 
-# Why this walk is right at any size, with either array [and what asserts it, in Run].
-# Before it, what is unsync or has bits set has its bit set in every parent, so that
-# bits lead there from the roots [expect_marked]; under mmu_lock no one else marks or
-# links. A bit goes if behind it is no page; one in sync without bits; a stored one; or
-# one whose own walk is done, and left it no bits. So that still holds, but for what is
-# stored [expect_marked]. A walk that does not return -ENOSPC has cleared all bits: all
-# that is unsync is stored, and 0 says that nothing was. With -ENOSPC, passed straight
-# up, the array is full of unsync pages [expect_kept]. The caller settles what is
-# stored: each walk leaves fewer, and there is an end [hear].
+# Why this walk is right at any size, with either array [and what class Run, below,
+# asserts].  Before it, what is unsync or has bits set has its bit set in every parent,
+# so that bits lead there from the roots [expect_marked]; under mmu_lock no one else
+# marks or links.  A bit goes if behind it is no page; one in sync without bits; a
+# stored one; or one whose own walk is done, and left it no bits.  So that still holds,
+# but for what is stored [expect_marked].  A walk that does not return -ENOSPC has
+# cleared all bits: all that is unsync is stored, and 0 says that nothing was.  With
+# -ENOSPC, passed straight up, the array is full of unsync pages [expect_kept].  The
+# caller settles what is stored: each walk leaves fewer, and there is an end [hear].
 
 # ------------------------------------------------------------------- the callers
 
@@ -311,7 +311,7 @@ Cost = namedtuple("Cost", "looks batches clears")
 def gathers_parents(walk: Callable[..., int]) -> Callable[..., int]:
     """Mark `walk` as one that stores parents, too; mmu_unsync_walk() stores the root.
 
-    Below page 2.0 two pages are unsync.  An array of two has, and these bits are left:
+    Below page 2.0 two pages are unsync.  What an array of two has, and which bits stay:
 
     >>> for label, walk in WALKS.items():
     ...     pages, _ = build(([("2.0", 0, "1.0"), ("2.0", 1, "1.1")], "1.", 2))
@@ -620,13 +620,13 @@ def listen(hear: Callable[..., None], call: Callable[..., object], *args: Any) -
 
 
 class Run:
-    """What a caller that starts at `root` does to `pages`, as it is told: `lines`."""
+    """What a caller that starts at `root` does to `pages`, as it is heard: `told`."""
 
     def __init__(self, root: kvm_mmu_page, walk: Walk, pages: Any) -> None:
         self.root, self.pages = root, list(pages)
         self.gathers = getattr(walk, "gathers_parents", False)
         self.misled, self.nr_walks = "", 2  # try_on() counts walks anew, from 0
-        self.lines, self.walks = list[str](), list[Any]()
+        self.told, self.walks = list[str](), list[Any]()
         self.arrays, self.cleared = set[kvm_mmu_pages](), dict[Any, int]()
 
     def hear(self, what: str, sp: kvm_mmu_page, detail: Any) -> None:
@@ -641,18 +641,18 @@ class Run:
         depth = sp.level - 1 if "mark" in what else depth + (what == "clear")
         said = "-ENOSPC" if what == "return" and detail == -ENOSPC else detail
         line = LINES.get(what, "{2:6} {0!r}").format(sp, said, what)
-        self.lines.append("  " * depth + line)
-        if len(self.lines) > 2000 + len(self.pages) ** 2:
+        self.told.append("  " * depth + line)
+        if len(self.told) > 2000 + len(self.pages) ** 2:
             raise Broken("there is no end to it")
         if what == "return":
             self.expect_kept(detail, *self.walks.pop())
         elif what == "clear":
-            self.cleared[sp, detail] = len(self.lines) - 1
+            self.cleared[sp, detail] = len(self.told) - 1
             if sp is self.root and not (is_unsync_root(sp) or sp.parent_ptes):
                 unsync = [page for page in ways(sp) if page.unsync]
                 if unsync and not self.misled:
                     self.misled = f"is_unsync_root() is false, {unsync[0]} is unsync"
-                    self.lines[-1] += f"   <-- {self.misled}"
+                    self.told[-1] += f"   <-- {self.misled}"
 
     def write(self) -> None:
         """Let the guest write all it can; KVM passes over what is unsync already."""
@@ -668,18 +668,19 @@ class Run:
     def expect_marked(self, arrays: set[kvm_mmu_pages]) -> None:
         """Expect that bits lead to what is unsync, but for what is in `arrays`."""
         for sp in self.pages:
-            nr, count = f"{sp.unsync_child_bitmap:b}".count("1"), sp.unsync_children
-            if nr != count:
-                raise Broken(f"{sp} has {nr} bits set, but unsync_children {count}")
+            bits, nr = f"{sp.unsync_child_bitmap:b}".count("1"), sp.unsync_children
+            if bits != nr:
+                raise Broken(f"{sp} has {bits} bits set, but unsync_children {nr}")
             # What has bits set counts, too, as marking stops there.
-            if count or sp.unsync and not any(sp in pvec.sp for pvec in arrays):
-                for parent, i in sp.parent_ptes:
-                    if not parent.unsync_child_bitmap >> i & 1:
-                        if at := self.cleared.get((parent, i)):
-                            self.lines[at] += f"   <-- {sp} is lost"
-                        what = "has bits set" if count else "is unsync"
-                        bit = f"[{i}] of {parent}, which leads to it"
-                        raise Broken(f"{sp} {what}, but {bit}, is clear")
+            if not nr and (not sp.unsync or any(sp in pvec.sp for pvec in arrays)):
+                continue
+            for parent, i in sp.parent_ptes:
+                if not parent.unsync_child_bitmap >> i & 1:
+                    if at := self.cleared.get((parent, i)):
+                        self.told[at] += f"   <-- {sp} is {'cut off' if nr else 'lost'}"
+                    what = "has bits set" if nr else "is unsync"
+                    bit = f"[{i}] of {parent}, which leads to it"
+                    raise Broken(f"{sp} {what}, but {bit}, is clear")
 
     def expect_kept(self, ret: Any, root: Any, pvec: Any, found: Any, was: Any) -> None:
         """Expect what a walk promises of its result, its array and the bits."""
@@ -710,7 +711,7 @@ def narrate(
     """Walk from `root`, or let `caller` do it, and return a line for each step."""
     run = Run(root, walk, ways(root))
     broken = listen(run.hear, caller, root, pvec, walk)
-    return "\n".join([*run.lines, *[f"FAILS: {broken}"] * bool(broken)])
+    return "\n".join([*run.told, *[f"FAILS: {broken}"] * bool(broken)])
 
 
 # ================================================= a walk judged, the answer, the demo
@@ -807,14 +808,14 @@ def judge(
     for table in on or tables():
         run, broken = try_on(table, walk, array, caller)
         if broken or run.misled and lockless:
-            misled, case = run.misled, draw(*build(table)[1]).splitlines() + run.lines
+            misled, case = run.misled, draw(*build(table)[1]).splitlines() + run.told
         lockless = lockless and not run.misled
         if broken:
             break
     if len(case) > 28:
         case[14:-13] = [f"... {len(case) - 27} lines ..."]
     said = f"FAILS: {broken}" if broken else "fine on all tables"
-    read = misled or ("not misled" if lockless else "misled, on a smaller table")
+    read = ("not known" if lockless else "misled") if broken else misled or "not misled"
     verdict = Verdict("\n".join([said, f"read without mmu_lock: {read}", *case]))
     verdict.fine, verdict.lockless = not broken, lockless
     return verdict
@@ -838,10 +839,10 @@ def answer_table() -> str:
     """Return what VARIANTS do on all tables of up to 2 SPTEs, and what they cost."""
     line = "{:12}{:>7}{:>17}{:>6}{:>8}{:>7}{:>9}{:>8}".format
     rows = [line("", "parents", "lost if refused", "lost", "misled", *Cost._fields)]
-    small = [table for top in "234" for table in small_tables(2, (f"{top}.0",))]
+    small = [t for top in "234" for t in small_tables(2, (f"{top}.0",)) if t[1]]
     for label, (walk, caller) in VARIANTS.items():
-        refused = judge(walk, RefusingPages, caller, small[::2])  # as small as can be
-        kvm = judge(walk, kvm_mmu_pages, caller, small[1::2])  # of 16 entries
+        refused = judge(walk, RefusingPages, caller, small)
+        kvm = judge(walk, kvm_mmu_pages, caller, small)
         no = not hasattr(walk, "gathers_parents"), refused.fine, kvm.fine, kvm.lockless
         price = cost(dense(), walk, kvm_mmu_pages(), caller)
         rows.append(line(label, *["no" if fine else "yes" for fine in no], *price))
@@ -885,15 +886,15 @@ A guest writes two page tables; KVM marks the ways to their shadow pages:
 {tree}
 On its TLB flush vCPU A takes mmu_lock, and walks as the review suggests:
 {steps}
-Before A syncs, B flushes and asks, without mmu_lock: is_unsync_root() is {told}.
-B skips its sync and may use old SPTEs of {stale}.  After Linux's walk: {linux}.
+Before A syncs, vCPU B flushes: is_unsync_root(), asked without lock, is {told}.
+B does not sync; it may use old SPTEs of {stale}.  (With Linux's walk: {linux}.)
 
 If a full array refused, 05/12 would lose a page (walk from pmd, array of 2):
 {refused}
 KVM's array says "full" at entry 2: the walk returns there, and [4] stays set.
 {answer_table()}
-before: 04/12 alone; posted: 05/12; series-end: 12/12; suggested: the review's.
-misled: as B.  32 x 32 pages: looks, walks that return non-0, caller's clears."""
+before: 04/12 alone; posted: 05/12; check-first: resolution; series-end: 12/12;
+suggested: review.  misled: as B.  looks, walks not 0, caller's clears: 32 x 32."""
 
 
 def main(argv: list[str]) -> int:
@@ -1022,9 +1023,8 @@ class Tests(unittest.TestCase):
         self.assertIn(judge(space["walk"]).splitlines()[0], text.replace("\n", " "))
         exec("\n".join(lines), space)  # noqa: S102
         walk = space["walk"]
-        verdict = judge(walk)
-        self.assertTrue(verdict.fine and verdict.lockless)
-        self.assertTrue(judge(walk, RefusingPages).fine)
+        kvm, refusing = judge(walk), judge(walk, RefusingPages)
+        self.assertTrue(kvm.fine and kvm.lockless and refusing.fine)
         self.assertEqual(cost(dense(), walk, kvm_mmu_pages()).looks, 1249)
         sptes = [("3.0", 0, "2.0"), ("3.0", 1, "2.1")]
         sptes += [(f"2.{k}", i, f"1.{i}") for k in (0, 1) for i in range(16)]
