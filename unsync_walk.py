@@ -34,6 +34,7 @@ Misuse changes nothing and raises IndexError (an SPTE outside 0..511), OverflowE
 from __future__ import annotations
 
 import pathlib
+import re
 import signal
 import sys
 import unittest
@@ -729,9 +730,8 @@ def small_tables(most: int, pages: tuple[str, ...], sptes: Any = ()) -> Iterator
     at = pages.index(sptes[-1][0]) if sptes else 0
     for page in [page for page in pages[at:] if page > "2" and most]:
         index = (0, 64, 511)[sum(spte[0] == page for spte in sptes)]
-        under = str(int(page[0]) - 1)
-        known = [other for other in pages if other[0] == under]
-        new = f"{under}.{len(known)}"
+        known = [other for other in pages if int(other[0]) == int(page[0]) - 1]
+        new = f"{int(page[0]) - 1}.{len(known)}"
         for ent in [*known, new, "absent", *["large"] * (page < "4")]:
             more = (*pages, new) if ent == new else pages
             yield from small_tables(most - 1, more, (*sptes, (page, index, ent)))
@@ -941,8 +941,7 @@ ValueError: narrate(pmd, one, walk_posted); set_large_spte(root, 0)
 IndexError: link_shadow_page(pmd, -1, leaf); mark_unsync(pmd, 512)
 TypeError: kvm_mmu_page(1.5); kvm_mmu_page(2, None); shadow_page_at(root, 0.5)
 OverflowError: mmu_pages_add(one, pmd)"""
-# What is returned, or done, after the review's walk -> the verdict.
-WRONG = """\
+AFTER_A_WALK_AND_VERDICT = """\
 setattr(sp, "unsync_children", 9) or ret -> 0 bits set, but unsync_children 9
 setattr(sp.spt[9], "unsync", False) or ret -> a walk changes nothing but
 mark_unsync(sp, 8) or ret -> a walk sets no bits
@@ -997,7 +996,7 @@ class Tests(unittest.TestCase):
 
     def test_promises(self) -> None:
         one: Any = [((("2.0", 9, "1.0"),), ("1.0",), 16)]
-        for line in WRONG.splitlines():
+        for line in AFTER_A_WALK_AND_VERDICT.splitlines():
             deed, said = line.split(" -> ")
             walk = f"lambda sp, pvec: (lambda ret: {deed})(walk_series_end(sp, pvec))"
             self.assertIn(said, judge(eval(walk), on=one).splitlines()[0])
@@ -1022,10 +1021,11 @@ class Tests(unittest.TestCase):
         exec("\n".join(slip), space := {**globals()})  # noqa: S102
         self.assertIn(judge(space["walk"]).splitlines()[0], text.replace("\n", " "))
         exec("\n".join(lines), space)  # noqa: S102
-        walk = space["walk"]
-        kvm, refusing = judge(walk), judge(walk, RefusingPages)
+        kvm, refusing = judge(space["walk"]), judge(space["walk"], RefusingPages)
         self.assertTrue(kvm.fine and kvm.lockless and refusing.fine)
-        self.assertEqual(cost(dense(), walk, kvm_mmu_pages()).looks, 1249)
+        self.assertEqual(cost(dense(), space["walk"], kvm_mmu_pages()).looks, 1249)
+        figures = {word for word in re.split(r"\D+", text) if len(word) == 4}
+        self.assertLessEqual(figures - {"2022"}, {*answer_table().split()})
         sptes = [("3.0", 0, "2.0"), ("3.0", 1, "2.1")]
         sptes += [(f"2.{k}", i, f"1.{i}") for k in (0, 1) for i in range(16)]
         for label, looks in ("linux", 38), ("posted", 35):
