@@ -267,8 +267,8 @@ def mmu_sync_children(
 def is_unsync_root(root: kvm_mmu_page) -> bool:
     """Whether there may be anything to sync below `root`: asked *without* mmu_lock.
 
-    A walk that clears the bits it follows, in any order, makes it false before what it
-    stored is synced, unless it ends with -ENOSPC: a vCPU that asks then skips its sync.
+    A walk that clears the bits it follows, in any order, makes this false (save with
+    -ENOSPC) before what it stored is synced: a vCPU that asks then skips its own sync.
     """
     return root.unsync or root.unsync_children > 0
 
@@ -1003,7 +1003,7 @@ class Tests(unittest.TestCase):
             self.assertIn(said, judge(eval(walk), on=one).splitlines()[0])
 
     def test_contract(self) -> None:
-        self.assertFalse(judge(walk_before, caller=linux_caller(id)).lockless)  # no sync
+        self.assertFalse(judge(walk_before, caller=linux_caller(id)).lockless)
         self.assertIn("is lost", judge(walk_posted, caller=sync_carelessly))
         self.assertTrue(judge(walk_posted, caller=mmu_zap_unsync_children).fine)
         told = narrate(process(True)[0], kvm_mmu_pages(), caller=kvm_mmu_sync_roots)
