@@ -225,15 +225,13 @@ def mmu_unsync_walk(
     return ret
 
 
-# Why this walk is right at any size, with either array [and what class Run, below,
-# asserts].  Before it, what is unsync or has bits set has its bit set in every parent,
-# so that bits lead there from the roots [expect_marked]; under mmu_lock no one else
-# marks or links.  A bit goes if behind it is no page; one in sync without bits; a
-# stored one; or one whose own walk is done, and left it no bits.  So that still holds,
-# but for what is stored [expect_marked].  A walk that does not return -ENOSPC has
-# cleared all bits: all that is unsync is stored, and 0 says that nothing was.  With
-# -ENOSPC, passed straight up, the array is full of unsync pages [expect_kept].  The
-# caller settles what is stored: each walk leaves fewer, and there is an end [hear].
+# Why this walk is right at any size, with either array [asserted by class Run, below].
+# Before it, what is unsync or has bits has its bit set in every parent [expect_marked];
+# under mmu_lock no one else marks or links.  A bit goes if behind it is no page; one in
+# sync without bits; a stored one; or one whose walk is done, and left it no bits.  So
+# that still holds, but for what is stored.  Hence, if it does not return -ENOSPC, all
+# is stored; else the array is full of unsync pages [expect_kept].  The caller settles
+# what is stored: each walk leaves fewer, and there is an end [hear].
 
 # ------------------------------------------------------------------- the callers
 
@@ -573,16 +571,18 @@ def ways(root: kvm_mmu_page) -> Counter[kvm_mmu_page]:
     return found
 
 
-def draw(*pages: Any) -> str:
+def draw(*pages: Any, drawn: Any = ()) -> str:
     """Return `pages` as ASCII trees: SPTE i is [i], or [i*] if its bit is set."""
-    lines = []
+    lines, drawn = [], drawn or {None}
     for sp in pages:
-        lines += [sp if isinstance(sp, str) else repr(sp)]
         spt, bits = getattr(sp, "spt", ()), getattr(sp, "unsync_child_bitmap", 0)
         slots = [i for i, ent in enumerate(spt) if ent or bits >> i & 1]
-        for i in slots:
+        again = ", as above" if slots and sp in drawn else ""
+        lines += [(sp if isinstance(sp, str) else repr(sp)) + again]
+        drawn.add(sp)
+        for i in slots if not again else ():
             fork, margin = ("`-", "  ") if i == slots[-1] else ("|-", "| ")
-            first, *rest = draw(spt[i] or "not present").splitlines()
+            first, *rest = draw(spt[i] or "not present", drawn=drawn).splitlines()
             lines += [f"{fork}[{i}{' *'[bits >> i & 1]}] {first}"]
             lines += [margin + line for line in rest]
     return "\n".join(lines)
