@@ -271,10 +271,10 @@ def is_unsync_root(root: kvm_mmu_page) -> bool:
     return root.unsync or root.unsync_children > 0
 
 
-def kvm_mmu_sync_roots(root: kvm_mmu_page, *pvec_and_walk: Any) -> None:
+def kvm_mmu_sync_roots(root: kvm_mmu_page, *pvec: Any, **walk: Any) -> None:
     """Do what a vCPU's TLB flush does with a `root` of level 4 or 5."""
     if is_unsync_root(root):  # KVM takes mmu_lock, not modelled, only after this
-        mmu_sync_children(root, *pvec_and_walk)
+        mmu_sync_children(root, *pvec, **walk)
 
 
 def mmu_zap_unsync_children(
