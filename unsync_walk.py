@@ -620,9 +620,7 @@ def expect_marked(pages: Pages, stored: Pages) -> None:
     for sp in pages:
         nr = bin(sp.unsync_child_bitmap).count("1")
         if nr != sp.unsync_children:
-            raise Broken(
-                f"{sp} has {nr} bits, but unsync_children {sp.unsync_children}"
-            )
+            raise Broken(f"{sp} has {nr} bits set, but counts {sp.unsync_children}")
         # A page with bits must be found even if it is stored, as marking stops there.
         if sp.unsync_children or (sp.unsync and sp not in stored):
             for parent, i in sp.parent_ptes:
@@ -644,23 +642,19 @@ def expect_kept(
     error = ret == -ENOSPC
     used = f"{pvec.nr} of {pvec.capacity} entries used"
     for kept, sentence in [
-        (type(ret) is int, f"a walk returns an int, not {ret!r}"),
         (does_gather(walk) or leaves == pvec.sp, "parents take a @gathers_parents"),
         (unsync >= set(leaves), "what is stored is unsync, and below the root"),
         (len(set(leaves)) == len(leaves), "no page is stored twice"),
         (not error or pvec.nr == pvec.capacity, f"-ENOSPC returned with {used}"),
         (error or due <= set(leaves), f"{ret} returned, but not all is stored"),
-        (
-            error or ret in range(least, most + 1),
-            f"{ret} returned, not {least}..{most}",
-        ),
+        (error or least <= ret <= most, f"{ret} returned, not {least} to {most}"),
     ]:
         if not kept:
             raise Broken(sentence)
 
 
 def checked(walk: Walk, pages: Pages) -> Walk:
-    """Return `walk`, which then raises Broken if it breaks a promise about `pages`."""
+    """Return `walk`, made to raise Broken where it breaks a promise about `pages`."""
     arrays: set[kvm_mmu_pages] = set()  # all that it has filled
 
     @wraps(walk)
@@ -671,6 +665,8 @@ def checked(walk: Walk, pages: Pages) -> Walk:
         waiting = {sp for array in arrays for sp in array.sp}  # for their caller
         arrays.add(pvec)
         ret = walk(root, pvec)
+        if type(ret) is not int:
+            raise Broken(f"a walk returns an int, not {ret!r}")
         if rest != [(sp.unsync, sp.parent_ptes, sp.spt) for sp in pages]:
             raise Broken("a walk changes nothing but bits and its array")
         if any(sp.unsync_child_bitmap & ~old for sp, old in zip(pages, bits)):
@@ -744,12 +740,13 @@ class Trace:
     def ask_without_lock(self) -> None:
         """Note if is_unsync_root() is false of a root while a page below is unsync."""
         for root in self.roots:
-            if not is_unsync_root(root):
-                for sp in ways(root):
-                    if sp.unsync and not self.misled:
-                        self.misled = f"is_unsync_root() is false, {sp} is unsync"
-                        self.misled_at = len(self.steps)
-                        self.steps[-1] += f"   <-- {self.misled}"
+            if is_unsync_root(root):
+                continue
+            for sp in ways(root):
+                if sp.unsync and not self.misled:
+                    self.misled = f"is_unsync_root({root}) is false, {sp} is unsync"
+                    self.misled_at = len(self.steps)
+                    self.steps[-1] += f"   <-- {self.misled}"
 
 
 def narrate(
@@ -762,7 +759,7 @@ def narrate(
     pages = list(ways(root))
     trace = Trace(pages)
     trace.listen(caller, root, pvec, checked(walk, pages))
-    trace.listen(expect_marked, pages, pvec.sp)
+    trace.listen(expect_marked, pages, pvec.sp)  # even if it never walked
     failure = [f"FAILS: {trace.broken}"] if trace.broken else []
     return "\n".join(trace.steps + failure)
 
@@ -860,7 +857,7 @@ def tables() -> Iterator[Table]:
 NOT_KNOWN = "not known, as the walk or its caller fails"
 
 
-def write(pages: Pages) -> None:
+def guest_writes(pages: Pages) -> None:
     """Let the guest write all its tables of level 1, once KVM has marked them."""
     for sp in pages:
         if sp.level == PG_LEVEL_4K and sp.parent_ptes and not sp.unsync:
@@ -902,7 +899,7 @@ def traces(
     pvec = array(capacity)
     parents = [sp for sp in pages if sp.level > PG_LEVEL_4K]
     roots = [sp for sp in parents if not sp.parent_ptes]
-    write(pages)
+    guest_writes(pages)
     # Below the roots first, where all is unsync; then from the lowest pages up, so that
     # walks come upon what is in sync already.
     for start in [*roots, *reversed(parents[:12])]:
@@ -912,7 +909,7 @@ def traces(
         if trace.broken:
             return
         if start in roots:
-            write(pages)
+            guest_writes(pages)
 
 
 def first_faults(
@@ -1114,7 +1111,6 @@ class Tests(unittest.TestCase):
         before = draw(pmd, root)
         misuse: list[tuple[Any, ...]] = [
             (ValueError, kvm_mmu_page, 6),
-            (ValueError, kvm_mmu_pages, 0),
             (ValueError, kvm_unsync_page, pmd),
             (ValueError, kvm_sync_page, leaf),
             (ValueError, mark_unsync, leaf, 0),
@@ -1141,10 +1137,12 @@ class Tests(unittest.TestCase):
         deeds: dict[str, Callable[..., object]] = {  # each done after a good walk
             "a walk returns an int, not '1'": lambda sp, pvec, ret: str(ret),
             "-ENOSPC returned with 1 of 16": lambda sp, pvec, ret: -ENOSPC,
-            "2 returned, not 1..1": lambda sp, pvec, ret: ret + 1,
+            "2 returned, not 1 to 1": lambda sp, pvec, ret: ret + 1,
             "nothing but bits": lambda sp, pvec, ret: kvm_sync_page(pvec.sp[0]),
             "a walk sets no bits": lambda sp, pvec, ret: mark_unsync(sp, 8),
-            "has 0 bits": lambda sp, pvec, ret: sp.__dict__.update(unsync_children=5),
+            "0 bits set, but counts 5": lambda sp, pvec, ret: sp.__dict__.update(
+                unsync_children=5
+            ),
             "capacity as it is": lambda sp, pvec, ret: pvec.__dict__.update(capacity=5),
             "@gathers_parents": lambda sp, pvec, ret: pvec.sp.append(sp),
             "below the root": lambda sp, pvec, ret: pvec.sp.append(kvm_mmu_page(1)),
