@@ -86,8 +86,7 @@ class kvm_mmu_page:
 
     def __repr__(self) -> str:
         state = "unsync" if self.unsync else "in sync"
-        if self.level > PG_LEVEL_4K:
-            state = f"unsync_children {self.unsync_children}"
+        state = f"unsync_children {self.unsync_children}" if self.spt else state
         return f"level {self.level}, {self.name or f'gfn {self.gfn:#x}'}, {state}"
 
 
@@ -247,8 +246,8 @@ def kvm_sync_page(sp: kvm_mmu_page) -> None:
     """Sync `sp`, unsync, of level 1.  (kvm_unlink_unsync_page() is part of it here.)"""
     if not sp.unsync or sp.level > PG_LEVEL_4K:
         raise ValueError(f"{sp!r} is not to be synced: sync unsync pages of level 1")
-    sp.unsync = False
     tell("sync", sp)
+    sp.unsync = False
 
 
 def for_each_sp(pvec: kvm_mmu_pages) -> list[kvm_mmu_page]:
@@ -323,9 +322,8 @@ def kvm_mmu_prepare_zap_page(sp: kvm_mmu_page) -> None:
 #    sync and has no bits; or one that is in the array; or one whose own walk is done,
 #    which has left it no bits.  So 1 still holds, but for what is stored [the same].
 # 3. If it does not return -ENOSPC, it has followed all bits.  By 1, these lead to every
-#    unsync page, so that all of them are stored [expect_kept].
-# 4. If it returns -ENOSPC, the array is full of unsync pages [expect_kept].
-# 5. The caller syncs or zaps all that is stored.  Then 1 holds without exception, and
+#    unsync page, so that all are stored.  Else the array is full of them [expect_kept].
+# 4. The caller syncs or zaps all that is stored.  Then 1 holds without exception, and
 #    fewer pages are unsync than before; in the end a walk finds none [Trace.hear].
 
 # ========================================== the thread's walks, Linux's among them
@@ -634,19 +632,17 @@ def expect_marked(pages: Pages, stored: Pages) -> None:
 def expect_kept(
     root: kvm_mmu_page, pvec: kvm_mmu_pages, ret: int, walk: Walk, waiting: Pages
 ) -> None:
-    """Expect that all unsync pages are stored, but those `waiting` in another array.
-
-    They are met once at least, and once for each way to them at most.
-    """
+    """Expect what `walk` promises of `ret` and `pvec`; other arrays hold `waiting`."""
     found = ways(root)
     unsync = {sp for sp in found if sp.unsync}
     due = unsync.difference(waiting)
-    least, most = len(due), sum(found[sp] for sp in unsync)
+    least, most = len(due), sum(found[sp] for sp in unsync)  # a page may be met again
     leaves = for_each_sp(pvec)
     error = ret == -ENOSPC
     used = f"{pvec.nr} of {pvec.capacity} entries used"
     for kept, sentence in [
         (does_gather(walk) or leaves == pvec.sp, "parents take a @gathers_parents"),
+        (pvec.nr <= pvec.capacity, f"no more is stored than fits, not {used}"),
         (unsync >= set(leaves), "what is stored is unsync, and below the root"),
         (len(set(leaves)) == len(leaves), "no page is stored twice"),
         (not error or pvec.nr == pvec.capacity, f"-ENOSPC returned with {used}"),
@@ -826,9 +822,7 @@ def random_tables() -> Iterator[Table]:
         rng = Random(seed)
         pages = below = new_pages(PG_LEVEL_4K, 9)
         for level in range(PG_LEVEL_2M, height + 1):
-            ents = [*below, "absent"]
-            if level <= PG_LEVEL_1G:
-                ents.append("large")
+            ents = [*below, "absent", "large" if level <= PG_LEVEL_1G else "absent"]
             below = new_pages(level, 3)
             for sp in below:
                 for i in rng.sample(indexes, rng.choice((1, 3, 6))):
@@ -838,20 +832,19 @@ def random_tables() -> Iterator[Table]:
 
 
 def wide_tables() -> Iterator[Table]:
-    """Yield pages with more children than an array has entries, or a word has bits."""
-    for nr, capacity in (70, 1), (70, 16), (512, 600):
-        root, leaves = kvm_mmu_page(2, name="page 2.0"), new_pages(1, nr)
-        for i, leaf in enumerate(leaves):
-            fill(root, i, leaf)
-        yield Table([root, *leaves], capacity)
-    # Each child of the last one has a leaf of its own, and they share another.
-    root, middle = kvm_mmu_page(3, name="page 3.0"), new_pages(2, 70)
-    shared, *leaves = new_pages(1, 71)
-    for i, (sp, leaf) in enumerate(zip(middle, leaves)):
-        fill(root, i, sp)
-        fill(sp, i, leaf)
-        fill(sp, 511, shared)
-    yield Table([root, *middle, *leaves, shared], KVM_PAGE_ARRAY_NR)
+    """Yield pages of some levels with more children than an array, or a word, holds."""
+    for level, nr, capacity in (2, 70, 1), (2, 512, 600), (3, 70, 16), (4, 70, 16):
+        root = kvm_mmu_page(level)
+        for i in range(nr):
+            shadow_page_at(root, i << PAGE_SHIFT + SPTE_LEVEL_BITS * (level - 1))
+        pages = list(ways(root))
+        if level > PG_LEVEL_2M:  # one leaf that all share, besides one for each
+            shared = kvm_mmu_page(PG_LEVEL_4K)
+            for sp in pages:
+                if sp.level == PG_LEVEL_2M:
+                    link_shadow_page(sp, 511, shared)
+            pages.append(shared)
+        yield Table(pages, capacity)
 
 
 def tables() -> Iterator[Table]:
@@ -874,9 +867,9 @@ def guest_writes(pages: Pages) -> None:
 def what_is_raised(error: BaseException) -> str:
     """Say what a reader's code raised, and in which line of it."""
     frames = traceback.extract_tb(error.__traceback__)
-    place = [frame for frame in frames if frame.filename != __file__] or frames
-    name, line = pathlib.Path(place[-1].filename).name, place[-1].lineno
-    return f"{type(error).__name__}: {error} ({name}, line {line})"
+    *_, place = [frame for frame in frames if frame.filename != __file__] or frames
+    name = pathlib.Path(place.filename).name
+    return f"{type(error).__name__}: {error} ({name}, line {place.lineno})"
 
 
 def run(
@@ -906,9 +899,9 @@ def traces(
     parents = [sp for sp in pages if sp.level > PG_LEVEL_4K]
     roots = [sp for sp in parents if not sp.parent_ptes]
     guest_writes(pages)
-    # First from the roots, with all unsync; then from the highest dozen, the lowest of
-    # these first, so that walks come upon what is in sync already.
-    for start in [*roots, *reversed(parents[:12])]:
+    # From the roots, with all unsync; then from the six highest pages, lowest first, so
+    # that walks come upon what is in sync already.
+    for start in [*roots, *reversed(parents[:6])]:
         trace = Trace(pages)
         trace.listen(run, caller, start, pvec, walk, pages)
         yield trace
@@ -1040,9 +1033,9 @@ def process() -> dict[str, kvm_mmu_page]:
 
 def demo() -> str:
     """Return what `python unsync_walk.py` prints."""
-    root, pmd = process()["root"], process()["pmd"]
+    root = process()["root"]
     picture = draw(root)
-    posted = narrate(pmd, kvm_mmu_pages(2), walk_posted)
+    posted = narrate(process()["pmd"], kvm_mmu_pages(2), walk_posted)
     refused = narrate(process()["pmd"], RefusingPages(2), walk_posted)
     lost = "\n".join(refused.splitlines()[-4:])
     steps = narrate(root, kvm_mmu_pages())
@@ -1103,11 +1096,6 @@ README = pathlib.Path(__file__).with_name("README.md")
 HONEST = WALKS["suggested"]
 
 
-def smallest_table() -> Iterator[Table]:
-    """Yield the table in which a root leads to one page, with an array of 16."""
-    return islice(small_tables(), 1, 2)
-
-
 class Tests(unittest.TestCase):
     def test_misuse(self) -> None:
         leaf, pmd, root = kvm_mmu_page(1), kvm_mmu_page(2), kvm_mmu_page(4)
@@ -1147,11 +1135,10 @@ class Tests(unittest.TestCase):
             "2 returned, not 1 to 1": lambda sp, pvec, ret: ret + 1,
             "nothing but bits": lambda sp, pvec, ret: kvm_sync_page(pvec.sp[0]),
             "a walk sets no bits": lambda sp, pvec, ret: mark_unsync(sp, 8),
-            "0 bits set, but counts 5": lambda sp, pvec, ret: sp.__dict__.update(
-                unsync_children=5
-            ),
+            "but counts 5": lambda sp, pvec, ret: sp.__dict__.update(unsync_children=5),
             "capacity as it is": lambda sp, pvec, ret: pvec.__dict__.update(capacity=5),
             "@gathers_parents": lambda sp, pvec, ret: pvec.sp.append(sp),
+            "17 of 16 entries": lambda sp, pvec, ret: pvec.sp.extend(pvec.sp * 16),
             "below the root": lambda sp, pvec, ret: pvec.sp.append(kvm_mmu_page(1)),
             "stored twice": lambda sp, pvec, ret: pvec.sp.append(pvec.sp[0]),
             "but [0] of page 2.0": lambda sp, pvec, ret: pvec.sp.clear(),
@@ -1165,7 +1152,9 @@ class Tests(unittest.TestCase):
                 ret = HONEST(sp, pvec)
                 return deed(sp, pvec, ret) or ret
 
-            self.assertIn(sentence, judge_on(smallest_table, walk).broken)
+            verdict = judge_on(lambda: islice(small_tables(), 1, 2), walk)
+            self.assertIn(sentence, verdict.broken)
+        self.assertEqual(len(verdict.cases[0].splitlines()), 30)  # of what has no end
 
     def test_tables(self) -> None:
         walks: list[tuple[Kind, Any]] = [
@@ -1194,10 +1183,9 @@ class Tests(unittest.TestCase):
 
         self.assertTrue(judge_on(random_tables, HONEST, two_arrays))
         self.assertTrue(judge_on(random_tables, HONEST, mmu_zap_unsync_children))
-        self.assertEqual(
-            judge_on(smallest_table, HONEST, caller=lambda *_: None)[:3],
-            ("the caller ends, but page 1.0 is unsync",) * 2 + (NOT_KNOWN,),
-        )
+        verdict = judge_on(small_tables, HONEST, caller=lambda *_: None)
+        self.assertEqual(verdict.broken, "the caller ends, but page 1.0 is unsync")
+        self.assertEqual((verdict.refused, verdict.misled), (verdict.broken, NOT_KNOWN))
         pages = process()
         pages["pmd"].unsync_child_bitmap = pages["pmd"].unsync_children = 0
         told = narrate(pages["root"], kvm_mmu_pages(), caller=kvm_mmu_sync_roots)
@@ -1207,10 +1195,16 @@ class Tests(unittest.TestCase):
         from unittest import mock
 
         with mock.patch.dict(VARIANTS, mine=(lambda *_: 0, mmu_sync_children)):
-            self.assertRegex(answer_table(), "mine +FAILS +FAILS")
+            self.assertRegex(answer_table(), "mine +FAILS +FAILS +not known +not")
         for answer in (True, False):
             with mock.patch(f"{__name__}.is_unsync_root", lambda root: answer):
                 self.assertIn(f"is_unsync_root() says {answer}", demo())
+        for lines in [
+            "    |-[3*] level 1, data, unsync\n    `-[4*] level 1, heap, unsync\n\n",
+            "\n  add    data: entry 2 of 2\nreturn -ENOSPC\nThe add",
+            "    clear  [0] of pud: 0 left\n  clear  [0] of root: 0 left   <-- is_",
+        ]:
+            self.assertIn(lines, demo())
         self.assertLessEqual(max(map(len, demo().splitlines())), 80)
         for argv, last in ([], "are synced."), (["--walk", "linux"], "return 0"):
             with redirect_stdout(io.StringIO()) as printed:
@@ -1235,6 +1229,7 @@ class Tests(unittest.TestCase):
         repair = "sp.level < PT64_ROOT_4LEVEL or not pvec.nr"
         clear = "clear_unsync_child_bit(sp, i)"
         by_hand = "sp.unsync_children -= 1; sp.unsync_child_bitmap &= ~(1 << i)"
+        self.assertIn(clear, walk)
         for condition, way, lockless in [
             (repair, by_hand, True),
             ("True", by_hand, False),
