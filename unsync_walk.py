@@ -5,9 +5,9 @@ __mmu_unsync_walk() here is the walk that the review suggests, and there it is c
 __mmu_unsync_walk_and_clear().  Linux's own, which it still has, is walk_before() here.
 Most of what KVM has (arch/x86/kvm/mmu/) keeps its name.
 
-KVM has one *shadow page* or more for each page table in use.  Where it maps a table of
-level 1 writable, the guest may change that unseen: its shadow page is *unsync*.  When a
-guest flushes its whole TLB, KVM must find all such pages below a root, to sync or zap
+Where KVM shadows page tables, each in use has a *shadow page* or more.  Where it maps
+one of level 1 writable, the guest may change that unseen: its page is *unsync*.  When a
+vCPU flushes its whole TLB, KVM must find all such pages below a root, and sync or zap
 them; miss one, and a stale translation stays in use.  Each entry (SPTE) has a bit:
 
 * A set bit promises little: an unsync page *may* be behind it; if not, it is *stale*.
@@ -244,7 +244,7 @@ def mmu_unsync_walk(
 
 
 def kvm_sync_page(sp: kvm_mmu_page) -> None:
-    """Sync `sp`, unsync, of level 1.  (kvm_unlink_unsync_page() is part of it here.)"""
+    """Sync `sp`, an unsync page of level 1.  (Does kvm_unlink_unsync_page(), too.)"""
     if not sp.unsync or sp.level > PG_LEVEL_4K:
         raise ValueError(f"{sp!r} is not to be synced: sync unsync pages of level 1")
     tell("sync", sp)
@@ -273,7 +273,7 @@ def mmu_sync_children(
 def is_unsync_root(root: kvm_mmu_page) -> bool:
     """Whether there may be anything to sync below `root`: asked *without* mmu_lock.
 
-    So KVM asks if the tables that it shadows have 4 or 5 levels, else it locks first.
+    KVM asks so only where the tables shadowed have 4 or 5 levels; else it locks first.
     A walk from `root` or above it that clears the bits it follows, in any order, can
     make this false before what it stored is synced (not if it is from `root`, and
     returns -ENOSPC).  A vCPU that asks then skips its own sync.  This is our reading of
@@ -315,7 +315,7 @@ def kvm_mmu_prepare_zap_page(sp: kvm_mmu_page) -> None:
     sp.unsync = False
 
 
-# Why __mmu_unsync_walk() loses no page, with any array [and what below asserts it]:
+# Why __mmu_unsync_walk() loses no page, with any array [and the check that asserts it]:
 # 1. When a walk begins, each page that is unsync or has bits set has its own bit set in
 #    all its parents: marking sees to that [expect_marked].  Until the walk ends, nobody
 #    else marks or links, as the caller holds mmu_lock for write.
@@ -323,7 +323,7 @@ def kvm_mmu_prepare_zap_page(sp: kvm_mmu_page) -> None:
 #    sync and has no bits; or one that is in the array; or one whose own walk is done,
 #    which has left it no bits.  So 1 still holds, but for what is stored [the same].
 # 3. If it does not return -ENOSPC, it has followed all bits.  By 1, these lead to every
-#    unsync page, so that all are stored.  Else the array is full of them [expect_kept].
+#    unsync page below: all are stored.  Else the array is full of them [expect_kept].
 # 4. The caller syncs or zaps all that is stored.  Then 1 holds without exception, and
 #    fewer pages are unsync than before; in the end a walk finds none [Trace.hear].
 
@@ -353,7 +353,7 @@ class RefusingPages(kvm_mmu_pages):
 
 @gathers_parents
 def walk_before(sp: kvm_mmu_page, pvec: kvm_mmu_pages) -> int:
-    """`before`: the walk that 05/12 changes, and that Linux has to this day."""
+    """`before`: the walk that 05/12 changes, and that Linux has (looked at: 7.2-rc)."""
     nr_unsync_leaf = 0
 
     for i in for_each_set_bit(sp.unsync_child_bitmap):
@@ -814,7 +814,7 @@ def small_tables() -> Iterator[Table]:
 
 def random_tables() -> Iterator[Table]:
     """Yield a table for each height and size of array, where many pages are shared."""
-    indexes = (0, 1, 62, 63, 64, 127, 128, 255, 256, 510, 511)  # where words meet
+    indexes = (0, 1, 62, 63, 64, 127, 128, 255, 256, 510, 511)  # borders of words
     heights_and_sizes = product((2, 3, 4, 5), (1, 2, 3, 4, 5, 8, 16, 40))
     for seed, (height, capacity) in enumerate(heights_and_sizes):
         rng = Random(seed)
@@ -834,7 +834,7 @@ def wide_tables() -> Iterator[Table]:
     for level, nr, capacity in (2, 70, 1), (2, 512, 600), (3, 70, 16), (4, 70, 16):
         root = kvm_mmu_page(level)
         for i in range(nr):
-            shadow_page_at(root, i << PAGE_SHIFT + SPTE_LEVEL_BITS * (level - 1))
+            shadow_page_at(root, i << (PAGE_SHIFT + SPTE_LEVEL_BITS * (level - 1)))
         pages = list(ways(root))
         if level > PG_LEVEL_2M:  # one leaf that all share, besides one for each
             shared = kvm_mmu_page(PG_LEVEL_4K)
@@ -1050,24 +1050,24 @@ KVM maps two page tables of a guest writable; the guest may change them unseen.
 Their shadow pages are unsync, and KVM sets bits on the way: [3*] is bit 3, set.
 {picture}
 
-With an array of 2, 05/12 walks from pmd, and stores pmd, too:
+05/12 walks from pmd alone, with an array of 2; it stores parents, so pmd, too:
 {posted}
 The add cannot fail: it stores the page, and says "full" then.  So the walk ends
-there, and [4] stays set for the next walk.  If a full array refused:
+there, and [4] stays set for the next walk.  If a full array refused instead:
 {lost}
 
 The guest flushes its TLB.  vCPU A takes mmu_lock, and walks as the review says:
 {steps}
-Before A syncs these, vCPU B flushes its TLB, too.  It asks without mmu_lock if
-there is anything to sync: is_unsync_root() says {heard}.  So B syncs nothing, and
+Before A syncs these, vCPU B flushes.  As we read KVM, B asks, without mmu_lock,
+if there is anything to sync: is_unsync_root() says {heard}.  B syncs nothing, and
 may use old entries of {stale}.  (After Linux's walk: {is_unsync_root(linux)}.)
 
 linux, before: the same walk, with Linux's callers, and with those of 04/12.
 posted: 05/12.  series-end: 05/12 as it is at the end of its series.
 check-first, suggested: what the reviewer asked for in the end, and at first.
 {answer_table()}
-FAILS: a page is lost.  MISLED: as vCPU B is.  looks: how often a walk looks at
-a page, until 32 x 32 unsync pages are synced."""
+FAILS: a page is lost.  MISLED: a vCPU skips its sync, as B does.  looks: how
+often walks (not callers) look at a page, until 32 x 32 pages are synced."""
 
 
 def main(argv: list[str]) -> None:
