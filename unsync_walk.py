@@ -1098,6 +1098,7 @@ class Tests(unittest.TestCase):
         before = draw(pmd, root)
         misuse: list[tuple[Any, ...]] = [
             (ValueError, kvm_mmu_page, 6),
+            (ValueError, kvm_mmu_pages, 0),
             (ValueError, kvm_unsync_page, pmd),
             (ValueError, kvm_sync_page, leaf),
             (ValueError, mark_unsync, leaf, 0),
@@ -1112,6 +1113,7 @@ class Tests(unittest.TestCase):
             (IndexError, link_shadow_page, pmd, -1, leaf),
             (IndexError, mark_unsync, pmd, 512),
             (TypeError, kvm_mmu_page, 1.5),
+            (TypeError, shadow_page_at, root, 0.5),
             (OverflowError, mmu_pages_add, full, pmd),
         ]
         for error, function, *args in misuse:
@@ -1130,9 +1132,7 @@ class Tests(unittest.TestCase):
             "17 of 16 entries": lambda sp, pvec, ret: pvec.sp.extend(pvec.sp * 16),
             "below the root": lambda sp, pvec, ret: pvec.sp.append(kvm_mmu_page(1)),
             "stored twice": lambda sp, pvec, ret: pvec.sp.append(pvec.sp[0]),
-            "unsync, but its bit, [0] of page 2.0, is clear": lambda sp, pvec, ret: (
-                pvec.sp.clear()
-            ),
+            "but its bit, [0] of page 2.0": lambda sp, pvec, ret: pvec.sp.clear(),
             "SystemExit: 3 (unsync_walk.py, line": lambda *_: sys.exit(3),
             "no end": lambda sp, pvec, ret: [to_shadow_page(sp) for _ in range(999)],
         }
@@ -1176,6 +1176,8 @@ class Tests(unittest.TestCase):
         verdict = judge_on(small_tables, HONEST, caller=lambda *_: None)
         self.assertEqual(verdict.broken, "the caller ends, but page 1.0 is unsync")
         self.assertEqual((verdict.refused, verdict.misled), (verdict.broken, NOT_KNOWN))
+        with self.assertRaises(KeyboardInterrupt):
+            judge(HONEST, caller=lambda *_: signal.raise_signal(signal.SIGINT))
         self.assertIn("not all is stored", judge_on(small_tables, lambda *_: 0).broken)
         pages = process()
         pages["root"].unsync_child_bitmap = pages["root"].unsync_children = 0
@@ -1185,9 +1187,7 @@ class Tests(unittest.TestCase):
     def test_pictures(self) -> None:
         (case,) = judge_on(small_tables, HONEST).cases
         self.assertIn(":\nlevel 4, page 4.0, unsync_children 1\n`-[7*] level 3", case)
-        ents = {
-            ent for table in random_tables() for sp in table.pages for ent in sp.spt
-        }
+        ents = {ent for t in random_tables() for sp in t.pages for ent in sp.spt}
         self.assertIn(LARGE_SPTE, ents)
         pages = process()
         link_shadow_page(pages["pud"], 9, pages["pmd"])
