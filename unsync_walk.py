@@ -966,7 +966,9 @@ def judge_on(kind: Kind, walk: Walk, caller: Caller = mmu_sync_children) -> Verd
     if refusal.broken and refusal.broken != fault.broken:
         cases.append(show("If a full array refused", refusal, len(refusal.steps)))
     if misleading.misled:
-        cases.append(show("Without mmu_lock", misleading, misleading.misled_at))
+        cases.append(
+            show("A reader without mmu_lock", misleading, misleading.misled_at)
+        )
     return Verdict(fault.broken, refusal.broken, misled, cases)
 
 
