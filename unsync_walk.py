@@ -1177,7 +1177,7 @@ class Tests(unittest.TestCase):
         self.assertEqual(verdict.broken, "the caller ends, but page 1.0 is unsync")
         self.assertEqual((verdict.refused, verdict.misled), (verdict.broken, NOT_KNOWN))
         with self.assertRaises(KeyboardInterrupt):
-            judge(HONEST, caller=lambda *_: signal.raise_signal(signal.SIGINT))
+            judge(HONEST, caller=lambda *_: signal.default_int_handler(2, None))
         self.assertIn("not all is stored", judge_on(small_tables, lambda *_: 0).broken)
         pages = process()
         pages["root"].unsync_child_bitmap = pages["root"].unsync_children = 0
