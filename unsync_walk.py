@@ -104,7 +104,7 @@ def is_large_pte(ent: object) -> bool:
 def to_shadow_page(ent: object) -> kvm_mmu_page:
     """Return the page that an SPTE points at.  By this a walk *looks* at a child."""
     if not isinstance(ent, kvm_mmu_page):
-        raise ValueError(f"{ent!r} is no page: ask first; or it is corrupt")  # noqa: TRY004
+        raise ValueError(f"{ent!r} is no page: ask first, or the SPTE is corrupt")  # noqa: TRY004
     tell("look", ent)
     return ent
 
@@ -570,7 +570,7 @@ def check_index(sp: kvm_mmu_page, index: int) -> None:
 
 
 def ways(root: kvm_mmu_page) -> Counter[kvm_mmu_page]:
-    """Return `root` and all below, from the highest level on, with its ways to each."""
+    """Return pages from `root` down, highest first, with the number of ways to each."""
     found = Counter({root: 1})
     queue = [root]
     for sp in queue:  # grows meanwhile: all pages of a level, then those of the next
@@ -589,7 +589,7 @@ def draw(*pages: kvm_mmu_page) -> str:
 
 
 def draw_tree(sp: kvm_mmu_page, drawn: set[kvm_mmu_page]) -> list[str]:
-    """Return the lines for `sp` and all below, unless `drawn`, and add it to these."""
+    """Return the lines for `sp` and all below; pages already `drawn` are only named."""
     if sp in drawn:
         return [f"{sp!r}, as above"]
     drawn.add(sp)
@@ -910,7 +910,7 @@ def traces(
 def first_faults(
     kind: Kind, walk: Walk, caller: Caller, array: type[kvm_mmu_pages]
 ) -> tuple[Trace, Trace]:
-    """Return the first trace that is broken, and that is misled; if none, the last."""
+    """Return the first broken trace and the first misled one; if none, the last."""
     fault = misleading = Trace([])
     for table in kind():
         if fault.broken and (misleading.misled or len(table.pages) > 8):
